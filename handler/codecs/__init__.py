@@ -1,0 +1,1 @@
+"""Wire ↔ item, one modality a file."""

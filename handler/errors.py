@@ -1,0 +1,60 @@
+"""The errors that users may see, each one line that says what was wrong and what was expected.
+
+DistilleryError           a fault the user can mend: commands print it without a traceback and exit 1
+├── SettingsError         a setting or a flag: names the key, the value, what was expected
+├── BundleError           a bundle or an archive that is incomplete, touched or of another kind
+└── ServeError            a request that gets no prediction; owns its HTTP status and its code
+    ├── BadInput          400  malformed, wrong shape, not finite, out of range
+    ├── TooLarge          413  more pixels or rows than the limits allow
+    └── Unsupported       415  not an image that we read
+"""
+
+import difflib
+from collections.abc import Iterable
+from typing import ClassVar
+
+
+class DistilleryError(Exception):
+    """A fault that the user can mend; its text is one line."""
+
+
+class SettingsError(DistilleryError):
+    """A setting that does not exist or has a value that cannot be used."""
+
+
+class BundleError(DistilleryError):
+    """A bundle or an archive that must not be served."""
+
+
+class ServeError(DistilleryError):
+    """A request that gets an error instead of a prediction: `status` is HTTP's, `code` is for programs."""
+
+    status: ClassVar[int] = 400
+
+    def __init__(self, code: str, message: str) -> None:
+        super().__init__(message)
+        self.code = code
+
+
+class BadInput(ServeError):
+    """The body is not what the contract asks for."""
+
+
+class TooLarge(ServeError):
+    """The body asks for more work than the limits allow."""
+
+    status = 413
+
+
+class Unsupported(ServeError):
+    """The body is of a kind that no codec reads."""
+
+    status = 415
+
+
+def unknown(kind: str, name: str, known: Iterable[str]) -> str:
+    """One line for a name that does not exist: `unknown KIND 'NAME'`, with the nearest known one or all of them."""
+    names = sorted(known)
+    near = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
+    hint = f"did you mean '{near[0]}'?" if near else f"expected one of {', '.join(names)}"
+    return f"unknown {kind} '{name}': {hint}"

@@ -1,0 +1,139 @@
+"""Typed settings out of YAML, environment and flags: the loader that both sides of the house use.
+
+A tree of settings is a frozen dataclass whose fields are numbers, strings, booleans, literals, tuples, or
+further such dataclasses. `load` merges mappings, the later one winning, and names the key of whatever is
+wrong. `HandlerSettings` is the `handler:` section of the archive's model-config.yaml.
+"""
+
+import dataclasses
+import types
+import typing
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal, TypeVar
+
+import yaml
+
+from handler.errors import SettingsError, unknown
+
+T = TypeVar("T")
+PREFIX = "DISTILLERY__"
+
+
+@dataclass(frozen=True, kw_only=True)
+class CacheSettings:
+    """How many answers a worker keeps, and for how long."""
+
+    enabled: bool = True
+    entries: int = 10_000
+    size_bytes: int = 64 * 1024 * 1024
+    ttl_s: float = 3600.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class LimitSettings:
+    """What one request may ask for at most."""
+
+    pixels: int = 16_000_000
+    rows: int = 256
+
+
+@dataclass(frozen=True, kw_only=True)
+class HandlerSettings:
+    """The worker's own settings. `threads` 0 means cores / workers; `engine` auto means ONNX on CPU, eager on GPU."""
+
+    engine: Literal["auto", "eager", "onnx"] = "auto"
+    threads: int = 0
+    cache: CacheSettings = field(default_factory=CacheSettings)
+    limits: LimitSettings = field(default_factory=LimitSettings)
+
+
+def load(kind: type[T], *sources: Mapping[str, Any]) -> T:
+    """An instance of the dataclass `kind` from nested mappings; a later source wins over an earlier one.
+
+    Raises SettingsError for an unknown key (naming the nearest one) and for a value of the wrong type.
+    """
+    merged: dict[str, Any] = {}
+    for source in sources:
+        merged = _merge(merged, source)
+    return typing.cast(T, _build(kind, merged, ""))
+
+
+def environment(environ: Mapping[str, str]) -> dict[str, Any]:
+    """`DISTILLERY__SECTION__KEY=value` as a nested mapping in lower case, values parsed as YAML."""
+    tree: dict[str, Any] = {}
+    for name, text in environ.items():
+        if name.startswith(PREFIX):
+            tree = _merge(tree, nested(name.removeprefix(PREFIX).lower().split("__"), parse(name, text)))
+    return tree
+
+
+def nested(path: list[str], value: Any) -> dict[str, Any]:
+    """`["a", "b"], 1` → `{"a": {"b": 1}}`."""
+    for key in reversed(path):
+        value = {key: value}
+    return typing.cast(dict[str, Any], value)
+
+
+def parse(name: str, text: str) -> Any:
+    """The YAML value of a flag's or variable's text; SettingsError names the flag when it is not YAML."""
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError:
+        raise SettingsError(f"{name}: expected a YAML value, got {text!r}") from None
+
+
+def _merge(low: Mapping[str, Any], high: Mapping[str, Any]) -> dict[str, Any]:
+    merged = dict(low)
+    for key, value in high.items():
+        both = isinstance(value, Mapping) and isinstance(merged.get(key), Mapping)
+        merged[key] = _merge(merged[key], value) if both else value
+    return merged
+
+
+def _build(kind: Any, value: Any, path: str) -> Any:
+    if not isinstance(value, Mapping):
+        raise SettingsError(f"{path or 'settings'}: expected a mapping of settings, got {value!r}")
+    hints = typing.get_type_hints(kind)
+    names = {f.name for f in dataclasses.fields(kind)}
+    for key in value:
+        if key not in names:
+            raise SettingsError(unknown("setting", f"{path}{key}", (path + name for name in names)))
+    missing = [
+        f.name
+        for f in dataclasses.fields(kind)
+        if f.default is f.default_factory is dataclasses.MISSING and f.name not in value
+    ]
+    if missing:
+        raise SettingsError(f"{path}{missing[0]}: a value is required")
+    return kind(**{key: _convert(hints[key], item, path + key) for key, item in value.items()})
+
+
+def _convert(kind: Any, value: Any, path: str) -> Any:
+    """`value` as `kind`; numbers may widen (1 → 1.0, "1e-3" → 0.001), nothing else is guessed."""
+    if dataclasses.is_dataclass(kind):
+        return _build(kind, value, path + ".")
+    origin, args = typing.get_origin(kind), typing.get_args(kind)
+    if origin is Literal:
+        if value in args:
+            return value
+        raise SettingsError(f"{path}: expected one of {', '.join(map(str, args))}, got {value!r}")
+    if origin is types.UnionType:
+        return None if value is None else _convert(args[0], value, path)
+    if origin is tuple and isinstance(value, list | tuple):
+        return tuple(_convert(args[0], item, f"{path}[{i}]") for i, item in enumerate(value))
+    if kind is float:
+        return _number(value, path)
+    if isinstance(value, kind if origin is None else origin) and (kind is bool or not isinstance(value, bool)):
+        return value
+    raise SettingsError(f"{path}: expected {getattr(kind, '__name__', kind)}, got {value!r}")
+
+
+def _number(value: Any, path: str) -> float:
+    """YAML reads `1e-3` (no dot) as a string, so text that is a number counts as one."""
+    try:
+        if isinstance(value, bool):
+            raise ValueError
+        return float(value)
+    except (TypeError, ValueError):
+        raise SettingsError(f"{path}: expected a number, got {value!r}") from None
