@@ -5,9 +5,12 @@ SHA-256 of every other file and carries the evidence (experiment, seeds, version
 names the model everywhere: in answers, in cache keys, in logs.
 """
 
+import contextlib
 import hashlib
 import json
-from collections.abc import Mapping
+import os
+import tempfile
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,6 +33,23 @@ class BundleFiles:
 FILES = BundleFiles()
 
 
+@contextlib.contextmanager
+def atomic(path: Path) -> Iterator[Path]:
+    """A temporary path beside `path` to write to; it becomes `path`, whole and on disk, or it is gone."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=path.suffix)
+    os.close(handle)
+    temporary = Path(name)
+    try:
+        yield temporary
+        with temporary.open("rb") as stream:
+            os.fsync(stream.fileno())
+        temporary.chmod(0o644)
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
 def file_digest(path: Path) -> str:
     """SHA-256 of a file, in hexadecimal."""
     with path.open("rb") as stream:
@@ -46,7 +66,8 @@ def seal(root: Path, evidence: Mapping[str, Any]) -> str:
     """Write the passport of all that lies in `root` now; returns its digest."""
     body = {"version": 1, "evidence": dict(evidence), "files": _listing(root)}
     digest = text_digest(body)
-    (root / FILES.passport).write_text(json.dumps({**body, "digest": digest}, indent=2) + "\n")
+    with atomic(root / FILES.passport) as path:
+        path.write_text(json.dumps({**body, "digest": digest}, indent=2) + "\n")
     return digest
 
 

@@ -84,9 +84,9 @@ def residual(channels: int, size: tuple[int, int], classes: int) -> list[nn.Modu
 
 
 def separable(channels: int, size: tuple[int, int], classes: int) -> list[nn.Module]:
-    """Our student: seven depthwise-separable blocks; 44 k parameters, 1.6 M MACs at 28×28."""
-    body = staged(SeparableBlock, 32, [(32, 2, 1), (64, 3, 2), (128, 2, 2)])
-    return classifier([conv_bn(channels, 32, 3, 2)], body, 128, classes)
+    """Our student: seven depthwise-separable blocks; 43 k parameters, 2.4 M MACs at 28×28."""
+    body = staged(SeparableBlock, 16, [(32, 2, 2), (64, 3, 2), (128, 2, 1)])
+    return classifier([conv_bn(channels, 16, 3)], body, 128, classes)
 
 
 def _seed(channels: int, size: tuple[int, int], classes: int, widths: Sequence[int], hidden: int) -> list[nn.Module]:

@@ -1,0 +1,70 @@
+"""The pipeline's command line: `python -m training <stage|run|data> EXPERIMENT.yaml [section.key=value …]`."""
+
+import argparse
+import json
+import logging
+import os
+import sys
+from pathlib import Path
+
+from handler.errors import DistilleryError, SettingsError
+from training.config import read_experiment
+from training.loop import Interrupted
+from training.pipeline import DistillationPipeline
+from training.report import read, table
+
+STAGES = ("teacher", "student", "baseline", "export", "evaluate", "bundle")
+EXAMPLE = """examples:
+  python -m training run training/experiments/quickstart.yaml
+  python -m training run training/experiments/quickstart.yaml student.epochs=20 baseline=true --resume
+  python -m training evaluate training/experiments/quickstart.yaml
+settings: flag > DISTILLERY__SECTION__KEY > file > default; DIST_TEMP, DIST_ALPHA, DIST_EPOCHS, BATCH_SIZE too"""
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command's grammar."""
+    p = argparse.ArgumentParser(
+        "python -m training",
+        description="Train a teacher, distil a student, prove it, bundle it. Stages that are done are skipped.",
+        epilog=EXAMPLE,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    p.add_argument("stage", choices=["run", "data", *STAGES], help="run: all of them; data: only fetch it")
+    p.add_argument("experiment", type=Path, help="an experiment file")
+    p.add_argument("settings", nargs="*", metavar="section.key=value", help="settings over the file's")
+    p.add_argument("--resume", action="store_true", help="carry on from the checkpoint of an interrupted run")
+    p.add_argument("--runs", type=Path, default=Path("runs"), help="where runs are kept (default: runs)")
+    p.add_argument("--json", action="store_true", help="print the report as JSON when done")
+    p.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    return p
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command; returns the exit status: 0 done, 1 failed, 2 wrong usage, 130 interrupted."""
+    options = parser().parse_intermixed_args(arguments)
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    try:
+        experiment = read_experiment(options.experiment, options.settings, os.environ)
+        pipeline = DistillationPipeline(experiment, options.runs, options.resume)
+        if options.stage == "data":
+            print(f"{pipeline.dataset.name}: {len(pipeline.dataset.train):,} images to train on")
+            return 0
+        pipeline.run(None if options.stage == "run" else options.stage)
+        if options.stage in ("run", "evaluate"):
+            report = read(pipeline.folder)
+            print(json.dumps(report, indent=2) if options.json else table(report))
+    except Interrupted as error:
+        print(f"{error}; the same command with --resume carries on", file=sys.stderr)
+        return 130
+    except KeyboardInterrupt:
+        return 130
+    except DistilleryError as error:
+        if options.debug:
+            raise
+        print(f"error: {error}", file=sys.stderr)
+        return 2 if isinstance(error, SettingsError) else 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

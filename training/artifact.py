@@ -1,0 +1,78 @@
+"""The bundle: the folder of named files that serving packs and the worker verifies."""
+
+import json
+import platform
+import shutil
+import tempfile
+from collections.abc import Mapping
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from handler.bundle import FILES, atomic, seal
+from handler.contract import Contract
+from training.data import Split
+from training.evaluate import logits_of
+
+GOLDEN = 64  # payloads that every worker replays before it is ready
+
+
+def save_weights(network: nn.Module, path: Path) -> None:
+    """The bare state dict, on the CPU and in plain layout, loadable with `weights_only=True`."""
+    state = {name: value.detach().cpu().contiguous() for name, value in network.state_dict().items()}
+    with atomic(path) as temporary:
+        torch.save(state, temporary)
+
+
+def save_json(value: Any, path: Path) -> None:
+    """Indented JSON; a number that is not finite is an error (ValueError), for JSON has none."""
+    with atomic(path) as temporary:
+        temporary.write_text(json.dumps(value, indent=2, allow_nan=False) + "\n")
+
+
+def versions() -> dict[str, str]:
+    """What the run was made with."""
+    packages = {name: version(name) for name in ("torch", "torchvision", "onnx", "onnxruntime", "numpy")}
+    return {"python": platform.python_version(), **packages}
+
+
+def write_bundle(
+    folder: Path,
+    *,
+    student: nn.Module,
+    onnx: Path,
+    contract: Contract,
+    golden: Split,
+    report: Mapping[str, Any],
+    evidence: Mapping[str, Any],
+) -> str:
+    """Write the bundle whole or not at all, in place of an earlier one; returns its digest.
+
+    `golden` are the images whose payloads and logits (of the eager network, on the CPU) go along.
+    """
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
+    try:
+        save_weights(student, temporary / FILES.weights)
+        shutil.copyfile(onnx, temporary / FILES.onnx)
+        (temporary / FILES.contract).write_text(contract.to_json())
+        save_json(report, temporary / FILES.report)
+        _save_golden(student, golden, temporary / FILES.golden)
+        digest = seal(temporary, {**evidence, "versions": versions()})
+        temporary.chmod(0o755)
+        shutil.rmtree(folder, ignore_errors=True)
+        temporary.rename(folder)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return digest
+
+
+def _save_golden(student: nn.Module, golden: Split, path: Path) -> None:
+    part = golden.take(torch.arange(min(GOLDEN, len(golden))))
+    logits = logits_of(student.cpu(), part.images)
+    pixels = part.images.permute(0, 2, 3, 1).contiguous()
+    np.savez_compressed(path, images=pixels.numpy(), labels=part.labels.numpy(), logits=logits.numpy())

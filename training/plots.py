@@ -1,0 +1,71 @@
+"""The report's pictures, as PNG files: drawn without a display."""
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+from handler.bundle import atomic
+
+COLOURS = {"teacher": "#444444", "student": "#0b6fa4", "baseline": "#d1702a"}
+
+
+@contextmanager
+def _figure(path: Path, columns: int = 1) -> Iterator[list[Axes]]:
+    """Axes to draw on; the file appears whole when the block ends."""
+    figure = Figure(figsize=(5.5 * columns, 4.5), dpi=110, layout="constrained")
+    FigureCanvasAgg(figure)
+    yield [figure.add_subplot(1, columns, i + 1) for i in range(columns)]
+    with atomic(path) as temporary:
+        figure.savefig(temporary, metadata={"Software": None})
+
+
+def curves(folder: Path, roles: Sequence[str], path: Path) -> None:
+    """Loss and validation accuracy by epoch, from the runs' histories."""
+    with _figure(path, columns=2) as (left, right):
+        for role in roles:
+            lines = [json.loads(line) for line in (folder / f"{role}.history.jsonl").read_text().splitlines()]
+            epochs = [line["epoch"] for line in lines]
+            left.plot(epochs, [line["hard"] for line in lines], label=role, color=COLOURS[role])
+            right.plot(epochs, [100 * line["validation_accuracy"] for line in lines], label=role, color=COLOURS[role])
+        left.set(xlabel="epoch", ylabel="cross-entropy, nats", title="training (views as trained on)")
+        right.set(xlabel="epoch", ylabel="accuracy, %", title="validation")
+        for axes in (left, right):
+            axes.grid(alpha=0.3)
+            axes.legend()
+
+
+def confusion(counts: Sequence[Sequence[int]], labels: Sequence[str], path: Path) -> None:
+    """Images by label (row) and the student's prediction (column)."""
+    with _figure(path) as (axes,):
+        axes.imshow([[count**0.5 for count in row] for row in counts], cmap="Blues")
+        largest = max(map(max, counts))
+        for i, row in enumerate(counts):
+            for j, count in enumerate(row):
+                axes.text(j, i, str(count), ha="center", va="center", fontsize=6, color=_ink(count, largest))
+        axes.set_xticks(range(len(labels)), labels, rotation=60, ha="right", fontsize=7)
+        axes.set_yticks(range(len(labels)), labels, fontsize=7)
+        axes.set(xlabel="predicted by the student", ylabel="label", title="confusion on the test images")
+
+
+def reliability(bins: Mapping[str, Mapping[str, Sequence[float]]], path: Path) -> None:
+    """Accuracy against confidence in 15 bins; below the diagonal a network is too sure of itself."""
+    with _figure(path) as (axes,):
+        axes.plot([0, 1], [0, 1], color="#999999", linestyle=":", label="perfectly calibrated")
+        for role, figures in bins.items():
+            rows = zip(figures["share"], figures["confidence"], figures["accuracy"], strict=True)
+            filled = [(sure, right, 20 + 400 * share) for share, sure, right in rows if share > 0]
+            sure, right, size = zip(*filled, strict=True)
+            axes.plot(sure, right, color=COLOURS[role], alpha=0.5)
+            axes.scatter(sure, right, size, color=COLOURS[role], alpha=0.6, label=role)
+        axes.set(xlabel="confidence", ylabel="accuracy", title="reliability (area = share of images)", xlim=(0, 1))
+        axes.grid(alpha=0.3)
+        axes.legend(loc="upper left")
+
+
+def _ink(count: int, largest: int) -> str:
+    return "white" if count > largest / 3 else "black"
