@@ -93,7 +93,7 @@ def _merge(low: Mapping[str, Any], high: Mapping[str, Any]) -> dict[str, Any]:
 
 def _build(kind: Any, value: Any, path: str) -> Any:
     if not isinstance(value, Mapping):
-        raise SettingsError(f"{path or 'settings'}: expected a mapping of settings, got {value!r}")
+        raise SettingsError(f"{path.rstrip('.') or 'settings'}: expected a mapping of settings, got {value!r}")
     hints = typing.get_type_hints(kind)
     names = {f.name for f in dataclasses.fields(kind)}
     for key in value:

@@ -106,7 +106,8 @@ def read_experiment(path: Path, flags: Sequence[str], environ: Mapping[str, str]
     if not isinstance(file, dict):
         raise SettingsError(f"{path}: expected a mapping of settings, got {type(file).__name__}")
     own = {key: value for key, value in environment(environ).items() if key != "handler"}
-    experiment = load(Experiment, {"name": path.stem}, file, *_short_names(environ), own, *map(_flag, flags))
+    default = Experiment(name=path.stem).to_dict()
+    experiment = load(Experiment, default, file, *_short_names(environ), own, *map(_flag, flags))
     _check(experiment)
     return experiment
 
