@@ -30,7 +30,7 @@ def test_torchvision_by_name_at_the_datas_size(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["alexnet", "vit_b_32", "squeezenet1_1"])
 def test_torchvision_models_for_large_images_get_them_enlarged(name: str) -> None:
-    network = make(name, classes=3).eval()
+    network = make(name, size=(16, 16), classes=3).eval()
     assert network(torch.zeros(1, 1, 16, 16, dtype=torch.uint8)).shape == (1, 3)
 
 
