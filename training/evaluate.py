@@ -42,7 +42,8 @@ def interval(share: float, count: int) -> tuple[float, float]:
     centre = share + z**2 / (2 * count)
     half = z * math.sqrt(share * (1 - share) / count + z**2 / (4 * count**2))
     scale = 1 + z**2 / count
-    return (centre - half) / scale, (centre + half) / scale
+    # Rounding must not push a share of exactly 0 or 1 out of range.
+    return max(0.0, (centre - half) / scale), min(1.0, (centre + half) / scale)
 
 
 def reliability(logits: Tensor, labels: Tensor, bins: int = BINS) -> dict[str, list[float]]:

@@ -2,7 +2,6 @@
 
 import contextlib
 import io
-import logging
 import warnings
 from pathlib import Path
 
@@ -27,7 +26,7 @@ def to_onnx(network: nn.Module, contract: Contract, path: Path) -> None:
     """
     example = torch.zeros(2, *contract.shape, dtype=torch.uint8)
     try:
-        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()), _silent("torch.onnx"):
+        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
             warnings.simplefilter("ignore")
             program = torch.onnx.export(
                 network.eval().cpu().to(memory_format=torch.contiguous_format),
@@ -58,14 +57,3 @@ def onnx_logits(session: onnxruntime.InferenceSession, images: Tensor, batch: in
     """Logits float32 `[N, K]` of uint8 `[N, C, H, W]`."""
     parts = [session.run([OUTPUT], {INPUT: part.numpy()})[0] for part in torch.split(images, batch)]
     return torch.from_numpy(np.concatenate(parts))
-
-
-@contextlib.contextmanager
-def _silent(name: str):  # type: ignore[no-untyped-def]
-    logger = logging.getLogger(name)
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        logger.setLevel(level)
