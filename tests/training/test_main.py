@@ -60,7 +60,7 @@ def wait_for(path: Path) -> None:
 
 @pytest.mark.e2e
 def test_stopped_and_killed_and_resumed_the_student_is_the_same(tmp_path: Path) -> None:
-    """The real process gets SIGINT, then SIGKILL, in the middle of training: the files end as those of a run left alone."""
+    """The real process gets SIGINT, then SIGKILL, while it trains: its files end as those of a run left alone."""
     more = ("teacher.epochs=1", "student.epochs=25", "--resume")
     whole = subprocess.run(command(tmp_path / "whole", *more), capture_output=True, text=True, check=False)
     assert whole.returncode == 0, whole.stderr

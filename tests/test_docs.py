@@ -1,0 +1,81 @@
+"""What the documents say is so: figures, paths, commands."""
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import jsonschema
+import pytest
+
+from training.config import read_experiment
+from training.report import table
+
+README = Path("README.md").read_text()
+RESULTS = sorted(Path("docs/results").glob("*.json"))
+
+
+@pytest.mark.parametrize("path", RESULTS, ids=lambda p: p.stem)
+def test_committed_results_keep_the_schema(path: Path) -> None:
+    jsonschema.validate(json.loads(path.read_text()), json.loads(Path("training/report.schema.json").read_text()))
+
+
+def test_the_readmes_table_is_the_committed_reports() -> None:
+    report = json.loads(Path("docs/results/full.json").read_text())
+    assert table(report) in README
+
+
+def test_every_path_the_readme_links_to_exists() -> None:
+    for target in re.findall(r"\]\(([^)#:]+)\)", README):
+        assert Path(target).exists(), target
+
+
+def test_every_file_in_the_readmes_tree_exists() -> None:
+    tree = README.split("```\nhandler/ ")[1].split("```")[0]
+    folder = Path("handler")
+    for line in tree.splitlines():
+        if match := re.match(r"(\w+)/ ", line):
+            folder = Path(match[1])
+        for name in re.findall(r"\b[\w*]+\.(?:py|properties|yaml)\b", line):
+            where = [folder, Path(), folder / "codecs", folder / "experiments"]
+            assert any(list(place.glob(name)) for place in where), f"{folder}/{name}"
+
+
+def test_the_changelog_begins_with_the_version() -> None:
+    version = re.search(r'^version = "(.+)"', Path("pyproject.toml").read_text(), re.M)
+    first = re.search(r"^## (\S+)", Path("CHANGELOG.md").read_text(), re.M)
+    assert version and first and version[1] == first[1]
+
+
+def test_every_dependency_has_its_reason() -> None:
+    reasons = Path("CONTRIBUTING.md").read_text().split("Why each dependency is there")[1]
+    names = re.findall(r"^([a-z0-9-]+)==", Path("requirements.txt").read_text(), re.M)
+    assert names
+    for name in names:
+        wanted = "types-*" if name.startswith("types-") else name
+        assert wanted in reasons, name
+
+
+def test_the_settings_that_the_readme_shows_are_valid() -> None:
+    flags = re.findall(r"(?:teacher|student|objective|data)\.\w+=\w+", README)
+    assert len(flags) >= 3
+    for flag in flags:
+        read_experiment(Path("training/experiments/quickstart.yaml"), [flag], {})
+
+
+@pytest.mark.parametrize("module", ["training", "serving"])
+def test_help_works_as_a_command(module: str) -> None:
+    done = subprocess.run([sys.executable, "-m", module, "--help"], capture_output=True, text=True, check=False)
+    assert done.returncode == 0
+    assert "example" in done.stdout
+
+
+@pytest.mark.parametrize("path", sorted(Path("scripts").iterdir()), ids=lambda p: p.name)
+def test_scripts_are_short_executable_and_valid(path: Path) -> None:
+    lines = path.read_text().splitlines()
+    assert lines[0] == "#!/usr/bin/env bash"
+    assert lines[1].startswith("# ")
+    assert len(lines) <= 35
+    assert path.stat().st_mode & 0o111
+    assert subprocess.run(["bash", "-n", str(path)], check=False).returncode == 0
