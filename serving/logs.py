@@ -5,7 +5,9 @@ import re
 from pathlib import Path
 
 ERROR = re.compile(r"^(?:[A-Za-z_]\w*\.)*[A-Z]\w*(?:: .*)?$")  # the last line of a traceback
-MISLEADING = "No module named 'ts.torch_handler"  # TorchServe's second try after an import in the handler failed
+# TorchServe's own errors, which follow the real one: its second try after a failed import, and what it makes of any
+# RuntimeError.
+MISLEADING = ("No module named 'ts.torch_handler", "RuntimeError: 500 - Unknown exception")
 
 
 class Tail:
@@ -29,7 +31,7 @@ def load_failure(workers: str, server: str) -> str | None:
     """Why the archive cannot be loaded, out of model_log.log and ts_log.log; None while all is well."""
     lines = [line.partition(" MODEL_LOG - ")[2] for line in workers.splitlines()]
     if "Backend worker process died." in lines:
-        reason = traceback_reason(lines[lines.index("Backend worker process died.") :])
+        reason = traceback_reason(lines)
         if reason:
             return reason
     refused = re.search(r"ModelServer - Failed to load model: .*", server)
@@ -42,10 +44,10 @@ def load_failure(workers: str, server: str) -> str | None:
 
 
 def traceback_reason(lines: list[str]) -> str | None:
-    """The error line of the first traceback that counts; None while none is complete."""
+    """The error line of the last traceback that tells the cause; None while none is complete."""
     reasons = [
         line
         for above, line in itertools.pairwise(lines)
-        if above.startswith("  ") and ERROR.match(line) and MISLEADING not in line
+        if above.startswith("  ") and ERROR.match(line) and not any(words in line for words in MISLEADING)
     ]
     return reasons[-1] if reasons else None

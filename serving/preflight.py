@@ -11,6 +11,7 @@ from pathlib import Path
 
 from handler.errors import DistilleryError
 from serving import archive as archives
+from serving.logs import traceback_reason
 
 WAIT_S = 300.0
 
@@ -53,8 +54,8 @@ def check(path: Path) -> Checked:
         except subprocess.TimeoutExpired:
             raise DistilleryError(f"{path}: neither loaded nor failed within {WAIT_S:g} s") from None
         if done.returncode != 0:
-            last = (done.stdout.strip().splitlines() or [f"exit status {done.returncode}"])[-1]
-            raise CheckFailed(f"{path}: {last}", done.stdout)
+            lines = done.stdout.strip().splitlines() or [f"the worker ended with status {done.returncode}"]
+            raise CheckFailed(f"{path}: {traceback_reason(lines) or lines[-1]}", done.stdout)
         figures = json.loads(result.read_text())
     return Checked(archive.name, archive.version, archive.digest, **{**figures, "forms": tuple(figures["forms"])})
 

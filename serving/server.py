@@ -11,6 +11,7 @@ from pathlib import Path
 
 import psutil
 
+from handler.bundle import atomic
 from handler.errors import BundleError, DistilleryError
 from serving import archive as archives
 from serving.archive import Archive
@@ -108,7 +109,8 @@ def _launch(instance: Instance, archive: Archive, config: Path, tokens: bool) ->
     shutil.rmtree(instance.temporary, ignore_errors=True)
     instance.temporary.mkdir(parents=True)
     lines = [f"{key}={value}\n" for key, value in instance.properties.items()]
-    (instance.home / "config.properties").write_text("".join(lines))
+    with atomic(instance.home / "config.properties") as own:
+        own.write_text("".join(lines))
     path = archive.path.resolve()
     command = [sys.executable, "-P", "-m", "ts.model_server", "--start", "--ncs"]
     command += ["--model-store", str(path.parent), "--models", f"{archive.name}={path.name}"]
@@ -137,7 +139,7 @@ def _await_ready(instance: Instance, archive: Archive, process: psutil.Process, 
             raise DistilleryError(f"TorchServe ended while starting: {_last_line(instance.home / 'console.log')}")
         reason = load_failure(workers.text(), server.text())
         if reason:
-            raise BundleError(f"{archive.path}: cannot be loaded: {reason} (traceback: {workers.path})")
+            raise BundleError(f"{archive.path}: cannot be loaded: {reason} (see {workers.path})")
         model = _model(instance, archive.name)
         if model and model.ready != seen:
             seen = model.ready
