@@ -1,0 +1,110 @@
+"""Bytes → pixels: PNG and JPEG through Pillow, raw pixels as they are. Training decodes with this same function.
+
+An image is turned upright by its EXIF tag, laid on black where it is transparent, made grey or RGB as the
+contract asks, and resampled to the contract's size if it has another. Colour profiles are not applied.
+"""
+
+import io
+import struct
+import zlib
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, ImageOps
+
+from handler.contract import Contract
+from handler.errors import BadInput, TooLarge, Unsupported
+from handler.settings import LimitSettings
+
+Pixels = NDArray[np.uint8]
+MAGIC = (b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff")
+MODES = {1: "L", 3: "RGB"}
+BOMB = (Image.DecompressionBombError, Image.DecompressionBombWarning)
+# What Pillow raises for bytes that are not the image they claim to be; anything else is a fault of ours.
+BROKEN = (OSError, SyntaxError, ValueError, EOFError, LookupError, TypeError, struct.error, zlib.error, UserWarning)
+
+
+def is_image(payload: bytes) -> bool:
+    """Whether the bytes begin as a PNG or a JPEG does."""
+    return payload.startswith(MAGIC)
+
+
+def blob_kind(payload: bytes, contract: Contract) -> Literal["raw", "image"]:
+    """What bytes without a type are: raw pixels if there are exactly as many as the contract asks, else an image.
+
+    Raises BadInput `bad_shape` when they are neither.
+    """
+    if len(payload) == contract.size:
+        return "raw"
+    if is_image(payload):
+        return "image"
+    raise BadInput("bad_shape", f"expected {layout(contract, 'bytes')} or a PNG or JPEG image, got {len(payload)} bytes")
+
+
+def layout(contract: Contract, unit: str) -> str:
+    """One item in words, such as `784 numbers (28×28×1)`: height × width × channels."""
+    return f"{contract.size} {unit} ({contract.height}×{contract.width}×{contract.channels})"
+
+
+def raw(payload: bytes, contract: Contract) -> Pixels:
+    """H·W·C bytes as uint8 `[C, H, W]`; a view, nothing is copied."""
+    pixels = np.frombuffer(payload, np.uint8)
+    return pixels.reshape(contract.height, contract.width, contract.channels).transpose(2, 0, 1)
+
+
+def decode(payload: bytes, contract: Contract, limits: LimitSettings) -> Pixels:
+    """A PNG or JPEG as uint8 `[C, H, W]`.
+
+    Raises Unsupported for other formats, TooLarge above `limits.pixels`, BadInput `bad_image` for what is corrupt.
+    """
+    return decode_counted(payload, contract, limits.pixels)[0]
+
+
+def decode_counted(payload: bytes, contract: Contract, budget: int) -> tuple[Pixels, int]:
+    """As `decode`, with at most `budget` pixels in the image as it was sent; returns their number too."""
+    if not is_image(payload):
+        raise Unsupported("unsupported_media", "the image is neither PNG nor JPEG, the two formats that are read")
+    if contract.channels not in MODES:
+        raise Unsupported("unsupported_media", f"this model takes no images: send {layout(contract, 'bytes')}, raw")
+    try:
+        with Image.open(io.BytesIO(payload), formats=("PNG", "JPEG")) as picture:
+            area = picture.width * picture.height
+            if area > budget:  # the header is read, nothing is decoded yet
+                size = f"{picture.width}×{picture.height}"
+                raise TooLarge("too_many_pixels", f"the image has {size} pixels; expected at most {budget} a request")
+            picture.load()
+            ImageOps.exif_transpose(picture, in_place=True)
+            return _pixels(picture, contract), area
+    except BOMB:
+        raise TooLarge("too_many_pixels", f"the image is huge; expected at most {budget} pixels a request") from None
+    except BROKEN as error:
+        raise BadInput("bad_image", f"the image cannot be decoded: {_reason(error)}") from error
+
+
+def _pixels(picture: Image.Image, contract: Contract) -> Pixels:
+    picture = _to_mode(picture, MODES[contract.channels])
+    size = contract.width, contract.height
+    if picture.size != size:
+        picture = picture.resize(size, Image.Resampling.BILINEAR)  # Pillow's bilinear widens with the scale: antialiased
+    pixels = np.asarray(picture).reshape(contract.height, contract.width, contract.channels)
+    return pixels.transpose(2, 0, 1)
+
+
+def _to_mode(picture: Image.Image, mode: str) -> Image.Image:
+    """Grey ("L") or "RGB", whatever the image was: 1 to 16 bits, palette, CMYK, transparent."""
+    if picture.mode.startswith("I"):  # 16 bits: convert() would cut off at 255 instead of scaling
+        picture = Image.fromarray((np.asarray(picture) >> 8).astype(np.uint8))
+    elif picture.has_transparency_data:
+        coloured = picture.convert("RGBA")
+        black = Image.new("RGBA", coloured.size, (0, 0, 0, 255))
+        picture = Image.alpha_composite(black, coloured)
+    if picture.mode not in ("1", "L", mode):
+        picture = picture.convert("RGB")  # Pillow makes grey out of palettes and CMYK only by this way
+    return picture if picture.mode == mode else picture.convert(mode)
+
+
+def _reason(error: BaseException) -> str:
+    """One line, without what Pillow says of our own buffers."""
+    text = " ".join(str(error).split())
+    return "it is corrupt" if not text or "BytesIO" in text else text[:120]
