@@ -16,6 +16,7 @@ from io import BytesIO
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
 from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -28,21 +29,21 @@ from training.config import read_experiment
 ALLOWED = 3
 
 
-def png(image: np.ndarray) -> bytes:
+def png(image: NDArray[np.uint8]) -> bytes:
     """A grey image `[1, H, W]` as PNG bytes."""
     stream = BytesIO()
     Image.fromarray(image[0]).save(stream, "PNG")
     return stream.getvalue()
 
 
-FORMS: dict[str, tuple[str, Callable[[np.ndarray], bytes]]] = {
+FORMS: dict[str, tuple[str, Callable[[NDArray[np.uint8]], bytes]]] = {
     "png": ("image/png", png),
     "raw": ("application/octet-stream", lambda image: image.transpose(1, 2, 0).tobytes()),
 }
 
 
 def measure(
-    url: str, key_file: Path, images: np.ndarray, labels: np.ndarray, form: str, flight: int
+    url: str, key_file: Path, images: NDArray[np.uint8], labels: NDArray[np.int64], form: str, flight: int
 ) -> dict[str, float]:
     """Send every image once, `flight` at a time; how many answers were right, and how long it took."""
     content_type, encode = FORMS[form]

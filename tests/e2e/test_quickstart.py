@@ -1,4 +1,4 @@
-"""The whole path as a newcomer walks it: ./scripts/quickstart --fast in a fresh copy of the tree, on ports of its own."""
+"""The whole path as a newcomer walks it: ./scripts/quickstart --fast in a fresh copy of the tree, on free ports."""
 
 import json
 import os
