@@ -4,7 +4,10 @@ import dataclasses
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
 
 from handler.errors import BundleError, SettingsError
 from handler.settings import load
@@ -50,3 +53,9 @@ class Contract:
             return load(cls, json.loads(path.read_text()))
         except (OSError, ValueError, SettingsError) as error:
             raise BundleError(f"{path}: not a contract: {error}") from None
+
+
+def probabilities(logits: NDArray[np.floating[Any]]) -> NDArray[np.float64]:
+    """Softmax of finite logits `[N, K]`, in float64: no overflow, and each row sums to 1 within 1e-12."""
+    powers = np.exp(logits.astype(np.float64) - logits.max(axis=1, keepdims=True))
+    return np.asarray(powers / powers.sum(axis=1, keepdims=True))

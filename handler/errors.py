@@ -6,7 +6,8 @@ DistilleryError           a fault the user can mend: commands print it without a
 └── ServeError            a request that gets no prediction; owns its HTTP status and its code
     ├── BadInput          400  malformed, wrong shape, not finite, out of range
     ├── TooLarge          413  more pixels or rows than the limits allow
-    └── Unsupported       415  not an image that we read
+    ├── Unsupported       415  not an image that we read
+    └── Internal          500  a fault of ours; its traceback is in the worker's log
 """
 
 import difflib
@@ -50,6 +51,15 @@ class Unsupported(ServeError):
     """The body is of a kind that no codec reads."""
 
     status = 415
+
+
+class Internal(ServeError):
+    """A fault of ours: the request is not to blame, and the cause stands in the worker's log."""
+
+    status = 500
+
+    def __init__(self) -> None:
+        super().__init__("internal", "the model could not answer; the worker's log says why, under this request_id")
 
 
 def unknown(kind: str, name: str, known: Iterable[str]) -> str:

@@ -12,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 
 from handler.bundle import FILES
-from handler.contract import Contract
+from handler.contract import Contract, probabilities
 from handler.errors import BundleError, SettingsError
 from handler.networks import build
 from handler.settings import HandlerSettings
@@ -122,27 +122,21 @@ def load_model(
     return Eager(model_dir / FILES.weights, contract, device)
 
 
-def softmax(logits: NDArray[np.floating]) -> NDArray[np.float64]:
-    """Probabilities `[B, K]` of finite logits `[B, K]`, in float64: each row sums to 1 within 1e-12."""
-    powers = np.exp(logits.astype(np.float64) - logits.max(axis=1, keepdims=True))
-    return np.asarray(powers / powers.sum(axis=1, keepdims=True))
-
-
 def replay(model: ModelInterface, golden: Path, sizes: Iterable[int]) -> float:
-    """Predict the golden images in batches of each size; the largest difference in probability.
+    """Predict golden images in a batch of each size, and all at once; the largest difference in probability.
 
     Raises BundleError when that is above TOLERANCE or the engine cannot answer: such a worker must not serve.
     """
     try:
         with np.load(golden, allow_pickle=False) as file:
-            images, expected = file["images"].transpose(0, 3, 1, 2), softmax(file["logits"])
+            images, expected = file["images"].transpose(0, 3, 1, 2), probabilities(file["logits"])
     except (OSError, ValueError, LookupError) as error:
         raise BundleError(f"{golden}: no golden images in it: {_line(error)}") from error
     largest = 0.0
-    for size in sizes:
+    for size in (*sizes, len(images)):
         batch = np.arange(size) % len(images)
         try:
-            found = softmax(model.predict(np.ascontiguousarray(images[batch])))
+            found = probabilities(model.predict(np.ascontiguousarray(images[batch])))
             difference = float(np.abs(found - expected[batch]).max())
         except Exception as error:
             raise BundleError(f"engine {model.engine}: fails on {size} golden images: {_line(error)}") from error

@@ -5,7 +5,7 @@ from typing import Literal
 
 from handler.codecs import features, image
 from handler.contract import Contract
-from handler.errors import BadInput, ServeError, Unsupported
+from handler.errors import BadInput, Unsupported
 from handler.settings import LimitSettings
 
 Kind = Literal["raw", "image", "json"]

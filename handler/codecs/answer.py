@@ -3,20 +3,18 @@
 import json
 from collections.abc import Mapping, Sequence
 
-import numpy as np
-from numpy.typing import NDArray
-
 from handler.errors import ServeError
 
 DIGITS = 9  # decimals of a probability: for 1,000 classes, their sum is 1 within 1e-6
 _encode = json.JSONEncoder(ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode
 
 
-def head(form: str, probabilities: NDArray[np.float64], labels: Sequence[str]) -> bytes:
-    """The answer for probabilities `[N, K]` as far as it does not depend on its source; `tail` closes it."""
-    best = probabilities.argmax(axis=1).tolist()
-    body = {form: probabilities.round(DIGITS).tolist(), "label": [labels[k] for k in best], "class_id": best}
-    return _encode(body)[:-1].encode()
+def head(form: str, rows: Sequence[Sequence[float]], ids: Sequence[int], labels: Sequence[str]) -> bytes:
+    """The answer as far as it does not depend on its source, open for `tail` to close it.
+
+    `rows` are the probabilities `[N][K]` of one request's images, `ids` the class of each.
+    """
+    return _encode({form: rows, "label": [labels[k] for k in ids], "class_id": ids})[:-1].encode()
 
 
 def tail(source: str, model: Mapping[str, str]) -> bytes:

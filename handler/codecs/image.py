@@ -39,7 +39,8 @@ def blob_kind(payload: bytes, contract: Contract) -> Literal["raw", "image"]:
         return "raw"
     if is_image(payload):
         return "image"
-    raise BadInput("bad_shape", f"expected {layout(contract, 'bytes')} or a PNG or JPEG image, got {len(payload)} bytes")
+    expected = f"expected {layout(contract, 'bytes')} or a PNG or JPEG image"
+    raise BadInput("bad_shape", f"{expected}, got {len(payload)} bytes")
 
 
 def layout(contract: Contract, unit: str) -> str:
@@ -86,7 +87,7 @@ def _pixels(picture: Image.Image, contract: Contract) -> Pixels:
     picture = _to_mode(picture, MODES[contract.channels])
     size = contract.width, contract.height
     if picture.size != size:
-        picture = picture.resize(size, Image.Resampling.BILINEAR)  # Pillow's bilinear widens with the scale: antialiased
+        picture = picture.resize(size, Image.Resampling.BILINEAR)  # antialiased: Pillow widens it with the scale
     pixels = np.asarray(picture).reshape(contract.height, contract.width, contract.channels)
     return pixels.transpose(2, 0, 1)
 
