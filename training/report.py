@@ -3,6 +3,7 @@
 Its form is fixed by `report.schema.json` beside this file; units stand in the names.
 """
 
+import functools
 import json
 import os
 import platform
@@ -136,17 +137,16 @@ def _latencies(trained: dict[str, nn.Module], session: Any, images: Tensor) -> d
     try:
         for batch in BATCHES:
             part = images[:batch]
-            runs = {f"{role}/eager": _caller(network, part) for role, network in trained.items()}
-            runs["student/onnx"] = lambda part=part: onnx_logits(session, part)
+            runs: dict[str, Callable[[], object]] = {
+                f"{role}/eager": functools.partial(evaluate.logits_of, network, part)
+                for role, network in trained.items()
+            }
+            runs["student/onnx"] = functools.partial(onnx_logits, session, part)
             for name, figures in evaluate.latency_ms(runs).items():
                 found.setdefault(name, {}).update({f"batch_{batch}_ms_{q}": ms for q, ms in figures.items()})
     finally:
         torch.set_num_threads(threads)
     return found
-
-
-def _caller(network: nn.Module, images: Tensor) -> Any:
-    return lambda: evaluate.logits_of(network, images)
 
 
 def _distance(logits: Tensor, other: Tensor) -> float:
