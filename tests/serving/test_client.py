@@ -49,14 +49,16 @@ def test_without_a_content_type_none_is_invented(stub: Stub) -> None:
     "failure", [(503, {"code": 503, "message": "queue full"}), (500, {"message": "Worker died."}), None]
 )
 def test_a_busy_or_dying_server_is_asked_again(stub: Stub, failure: tuple[int, Any] | None) -> None:
-    stub.answers, pauses = [failure, failure, (200, GOOD)], []
+    stub.answers = [failure, failure, (200, GOOD)]
+    pauses: list[float] = []
     with client(stub, pauses) as one:
         assert one.predict(b"x").label == "shoe"
     assert pauses == [0.1, 0.2]  # doubled, times 0.5 + jitter
 
 
 def test_attempts_are_bounded_and_the_last_failure_is_told(stub: Stub) -> None:
-    stub.answers, pauses = [(503, {"code": 503, "message": "queue full"})], []
+    stub.answers = [(503, {"code": 503, "message": "queue full"})]
+    pauses: list[float] = []
     with client(stub, pauses, attempts=4) as one, pytest.raises(DistilleryError, match="503: queue full"):
         one.predict(b"x")
     assert len(stub.asked) == 4
@@ -79,7 +81,8 @@ def test_jitter_spreads_the_pauses(stub: Stub) -> None:
 def test_a_refused_payload_is_not_sent_again_and_has_the_servers_words(
     stub: Stub, status: int, kind: type[ServeError]
 ) -> None:
-    stub.answers, pauses = [(status, {"error": "expected 784 numbers", "code": "bad_shape", "request_id": "r"})], []
+    stub.answers = [(status, {"error": "expected 784 numbers", "code": "bad_shape", "request_id": "r"})]
+    pauses: list[float] = []
     with client(stub, pauses) as one, pytest.raises(kind, match=r"^expected 784 numbers$") as caught:
         one.predict(b"x")
     assert caught.value.code == "bad_shape"
