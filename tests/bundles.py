@@ -18,13 +18,19 @@ LABELS = ("T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shir
 
 
 def random_bundle(folder: Path, seed: int = 0) -> Path:
-    """A bundle as training writes it, of a student that has learned nothing, with 64 images of noise."""
+    """A bundle as training writes it, of a student that has learned nothing, with 64 images of blocks."""
     contract = Contract(network="separable", channels=1, height=28, width=28, labels=LABELS)
     generator = torch.Generator().manual_seed(seed)
     torch.manual_seed(seed)
-    network = networks.build("separable", channels=1, size=(28, 28), classes=10).eval()
-    to_onnx(network, contract, folder / "student.onnx")
-    images = torch.randint(0, 256, (64, 1, 28, 28), generator=generator, dtype=torch.uint8)
+    network = networks.build("separable", channels=1, size=(28, 28), classes=10)
+    blocks = torch.randint(0, 256, (64, 1, 4, 4), generator=generator, dtype=torch.uint8)
+    images = blocks.repeat_interleave(7, 2).repeat_interleave(7, 3)
+    with torch.no_grad():
+        for _ in range(40):
+            network(images)  # in training mode: BatchNorm learns the scale, so that images differ in their answers
+        for parameter in network[-1].parameters():
+            parameter.mul_(4)
+    to_onnx(network.eval(), contract, folder / "student.onnx")
     write_bundle(
         folder / "bundle",
         student=network,

@@ -1,0 +1,20 @@
+"""What tests of both sides stand on: one random bundle, the archive made of it, and that archive unpacked."""
+
+from pathlib import Path
+
+import pytest
+
+from serving import archive as archives
+from tests.bundles import random_bundle
+
+
+@pytest.fixture(scope="session")
+def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A bundle as training writes it, of a student that has learned nothing."""
+    return random_bundle(tmp_path_factory.mktemp("bundle"))
+
+
+@pytest.fixture(scope="session")
+def packed(bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """That bundle as an archive; tests that touch it work on a copy."""
+    return archives.pack(bundle, tmp_path_factory.mktemp("store")).path
