@@ -1,17 +1,13 @@
-"""A bundle and its archive, and a TorchServe of twenty lines that answers what the test tells it to."""
+"""A TorchServe of twenty lines: it answers what the test tells it to and remembers what it was asked."""
 
 import json
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from pathlib import Path
 from typing import Any
 
 import pytest
-
-from serving import archive
-from tests.bundles import random_bundle
 
 
 @dataclass
@@ -63,15 +59,3 @@ def stub() -> Iterator[Stub]:
     server.shutdown()
     thread.join()
     server.server_close()
-
-
-@pytest.fixture(scope="session")
-def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A bundle as training writes it, of a student that has learned nothing."""
-    return random_bundle(tmp_path_factory.mktemp("bundle"))
-
-
-@pytest.fixture(scope="session")
-def packed(bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """That bundle as an archive; tests that touch it work on a copy."""
-    return archive.pack(bundle, tmp_path_factory.mktemp("store")).path
