@@ -12,6 +12,7 @@ import json
 import os
 import struct
 import sys
+import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -81,7 +82,8 @@ class Worker:
         self.manifest = json.loads((root / "MAR-INF" / "MANIFEST.json").read_text())["model"]
 
     def __enter__(self) -> "Worker":
-        metrics = MetricsCacheYamlImpl(str(Path(ts.__file__).parent / "configs" / "metrics.yaml"))
+        with warnings.catch_warnings(action="ignore", category=ResourceWarning):  # TorchServe leaves the file open
+            metrics = MetricsCacheYamlImpl(str(Path(ts.__file__).parent / "configs" / "metrics.yaml"))
         metrics.initialize_cache()
         metrics.model_name = self.manifest["modelName"]
         entry = IN_PLACE if self.in_place else self.manifest["handler"]

@@ -1,0 +1,60 @@
+"""A worker per test, over the random archive, and payloads of every kind."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import handler
+from handler import student_handler
+from handler.contract import Contract
+from handler.settings import LimitSettings
+from serving import archive as archives
+from tests.bundles import LABELS
+from tests.handler.payloads import Pixels
+from tests.harness import Worker
+
+
+@pytest.fixture(scope="session")
+def root(packed: Path) -> Iterator[Path]:
+    """The archive, unpacked as TorchServe does."""
+    with archives.unpacked(packed) as folder:
+        yield folder
+
+
+@pytest.fixture
+def in_place(root: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The repository's code, taken for the archive's: measured by coverage, open to patches."""
+    monkeypatch.setattr(handler, "__file__", str(root / "handler" / "__init__.py"))
+    monkeypatch.setattr(student_handler, "__file__", str(root / "student_handler.py"))
+    return root
+
+
+@pytest.fixture
+def worker(in_place: Path) -> Iterator[Worker]:
+    with Worker(in_place, in_place=True) as worker:
+        yield worker
+
+
+@pytest.fixture
+def contract() -> Contract:
+    return Contract(network="separable", channels=1, height=28, width=28, labels=LABELS)
+
+
+@pytest.fixture
+def limits() -> LimitSettings:
+    return LimitSettings(pixels=1_000_000, rows=4)
+
+
+@pytest.fixture(scope="session")
+def golden(root: Path) -> dict[str, Pixels]:
+    """Images `[N, H, W, C]`, labels, logits."""
+    with np.load(root / "golden.npz") as file:
+        return dict(file)
+
+
+@pytest.fixture(scope="session")
+def images(golden: dict[str, Pixels]) -> Pixels:
+    """Eight test images uint8 `[8, 28, 28]`, each answered differently."""
+    return golden["images"][:8, :, :, 0]
