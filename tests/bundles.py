@@ -26,8 +26,10 @@ def random_bundle(folder: Path, seed: int = 0) -> Path:
     blocks = torch.randint(0, 256, (64, 1, 4, 4), generator=generator, dtype=torch.uint8)
     images = blocks.repeat_interleave(7, 2).repeat_interleave(7, 3)
     with torch.no_grad():
-        for _ in range(40):
-            network(images)  # in training mode: BatchNorm learns the scale, so that images differ in their answers
+        for module in network.modules():
+            if isinstance(module, torch.nn.BatchNorm2d):
+                module.momentum = 1.0
+        network(images)  # in training mode: BatchNorm learns the scale, so that images differ in their answers
         for parameter in network[-1].parameters():
             parameter.mul_(4)
     to_onnx(network.eval(), contract, folder / "student.onnx")
