@@ -16,8 +16,6 @@ from types import FrameType
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.progress import Progress
 from torch import Tensor, nn
 from torch.utils.tensorboard import SummaryWriter
 
@@ -26,6 +24,7 @@ from handler.errors import DistilleryError
 from training.config import TrainSettings
 from training.data import Dataset
 from training.evaluate import logits_of
+from training.progress import bar
 from training.schedule import one_cycle
 from training.views import Views
 
@@ -104,14 +103,12 @@ class Trainer:
         order, view = self._draw()
         self.network.train()
         role, epochs = self.job.role, self.job.settings.epochs
-        console = Console(stderr=True)
-        with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
-            bar = progress.add_task(f"{role} {self.epoch + 1}/{epochs}", total=self.steps, completed=self.step)
+        with bar(f"{role} {self.epoch + 1}/{epochs}", self.steps, self.step) as advance:
             while self.step < self.steps:
                 start = time.perf_counter()
                 self._run_step(order, view)
                 self.seconds += time.perf_counter() - start
-                progress.advance(bar)
+                advance()
                 if self.stop:
                     self._save()
                     raise Interrupted(f"{role}: stopped and saved at epoch {self.epoch + 1}, step {self.step}")

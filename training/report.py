@@ -21,6 +21,7 @@ from training.artifact import save_json, versions
 from training.config import Experiment
 from training.data import Dataset
 from training.export import onnx_logits, onnx_session
+from training.progress import bar
 
 VERSION = 1
 BATCHES = (1, 32)
@@ -44,7 +45,14 @@ def write(
 ) -> None:
     """Evaluate the trained networks of a run, by role, and write its report and plots into `folder`."""
     test = dataset.test
-    logits = {role: _logits(network, test.images, device) for role, network in trained.items()}
+    logits = {}
+    with bar("evaluate", len(trained) + 1) as advance:
+        for role, network in trained.items():
+            logits[role] = _logits(network, test.images, device)
+            advance()
+        session = onnx_session(folder / FILES.onnx)
+        exported = onnx_logits(session, test.images)
+        advance()
     models: dict[str, Any] = {
         role: {
             **evaluate.quality(logits[role], test.labels, dataset.labels, logits["teacher"]),
@@ -53,8 +61,7 @@ def write(
         }
         for role, network in trained.items()
     }
-    session = onnx_session(folder / FILES.onnx)
-    exported = onnx_logits(session, test.images)
+    # Without a bar, which would take its share of the processor.
     latencies = _latencies(trained, session, test.images)
     for role, model in models.items():
         model["latency"] = {key.split("/")[1]: value for key, value in latencies.items() if key.startswith(role + "/")}
