@@ -6,6 +6,7 @@ B images, C channels, H and W pixels, K classes; images are uint8 `[B, C, H, W]`
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Protocol
+from zipfile import BadZipFile
 
 import numpy as np
 import torch
@@ -130,7 +131,7 @@ def replay(model: ModelInterface, golden: Path, sizes: Iterable[int]) -> float:
     try:
         with np.load(golden, allow_pickle=False) as file:
             images, expected = file["images"].transpose(0, 3, 1, 2), probabilities(file["logits"])
-    except (OSError, ValueError, LookupError) as error:
+    except (OSError, ValueError, EOFError, LookupError, BadZipFile) as error:
         raise BundleError(f"{golden}: no golden images in it: {_line(error)}") from error
     largest = 0.0
     for size in (*sizes, len(images)):

@@ -147,7 +147,8 @@ def _bytes(values: list[Any], kinds: set[type], name: str) -> bytes:
         numbers = np.array(values, np.float64)
     except (ValueError, OverflowError):
         wrong = next(v for v in values if not 0 <= v <= 255)
-        raise BadInput("out_of_range", f"{name}: expected intensities 0–255, got {wrong:.6g}") from None
+        shown = f"{wrong:.6g}" if abs(wrong) < 1e300 else "a number that is far outside"
+        raise BadInput("out_of_range", f"{name}: expected intensities 0–255, got {shown}") from None
     if not np.isfinite(numbers).all():
         raise BadInput("not_finite", f"{name}: expected finite numbers 0–255, got one too large to be represented")
     low, high = numbers.min(), numbers.max()
