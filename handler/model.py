@@ -3,6 +3,7 @@
 B images, C channels, H and W pixels, K classes; images are uint8 `[B, C, H, W]`, logits float32 `[B, K]`.
 """
 
+import io
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Protocol
@@ -129,7 +130,7 @@ def replay(model: ModelInterface, golden: Path, sizes: Iterable[int]) -> float:
     Raises BundleError when that is above TOLERANCE or the engine cannot answer: such a worker must not serve.
     """
     try:
-        with np.load(golden, allow_pickle=False) as file:
+        with np.load(io.BytesIO(golden.read_bytes()), allow_pickle=False) as file:
             images, expected = file["images"].transpose(0, 3, 1, 2), probabilities(file["logits"])
     except (OSError, ValueError, EOFError, LookupError, BadZipFile) as error:
         raise BundleError(f"{golden}: no golden images in it: {_line(error)}") from error

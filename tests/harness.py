@@ -19,7 +19,9 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+import numpy as np
 import ts
+from numpy.typing import NDArray
 from ts.metrics.metric_cache_yaml_impl import MetricsCacheYamlImpl
 from ts.model_loader import TsModelLoader
 from ts.protocol.otf_message_handler import retrieve_msg
@@ -51,10 +53,10 @@ class Reply:
         return json.loads(self.body)
 
     @property
-    def scores(self) -> list[list[float]]:
+    def scores(self) -> NDArray[np.float64]:
+        """The probabilities `[N, K]` of a prediction."""
         assert self.status == 200, self.body
-        found: list[list[float]] = next(iter(self.json.values()))
-        return found
+        return np.array(next(iter(self.json.values())))
 
     @property
     def error(self) -> tuple[int, str]:

@@ -12,7 +12,7 @@ from handler.contract import Contract
 from handler.settings import LimitSettings
 from serving import archive as archives
 from tests.bundles import LABELS
-from tests.handler.payloads import Pixels
+from tests.handler.payloads import Golden, Pixels
 from tests.harness import Worker
 
 
@@ -48,13 +48,13 @@ def limits() -> LimitSettings:
 
 
 @pytest.fixture(scope="session")
-def golden(root: Path) -> dict[str, Pixels]:
+def golden(root: Path) -> Golden:
     """Images `[N, H, W, C]`, labels, logits."""
     with np.load(root / "golden.npz") as file:
         return dict(file)
 
 
 @pytest.fixture(scope="session")
-def images(golden: dict[str, Pixels]) -> Pixels:
+def images(golden: Golden) -> Pixels:
     """Eight test images uint8 `[8, 28, 28]`, each answered differently."""
-    return golden["images"][:8, :, :, 0]
+    return np.asarray(golden["images"][:8, :, :, 0])

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 Pixels = NDArray[np.uint8]
+Golden = dict[str, Any]  # name → array, of golden.npz
 JSON = "application/json"
 RAW = "application/octet-stream"
 

@@ -16,7 +16,7 @@ from handler.contract import Contract
 from handler.errors import BundleError
 from handler.model import ModelInterface, choose, load_model, replay
 from handler.settings import HandlerSettings
-from tests.handler.payloads import Pixels
+from tests.handler.payloads import Golden, Pixels
 
 ENGINES = ("eager", "onnx")
 
@@ -27,7 +27,7 @@ def engine(request: pytest.FixtureRequest, root: Path, contract: Contract) -> Mo
 
 
 @pytest.fixture
-def some(golden: dict[str, Pixels]) -> Pixels:
+def some(golden: Golden) -> Pixels:
     """The golden images as a network takes them."""
     return np.ascontiguousarray(golden["images"].transpose(0, 3, 1, 2))
 
@@ -35,9 +35,9 @@ def some(golden: dict[str, Pixels]) -> Pixels:
 # The contract of an engine, for every one
 
 
-def test_logits_are_those_that_training_wrote(engine: ModelInterface, some: Pixels, golden: dict[str, Pixels]) -> None:
+def test_logits_are_those_that_training_wrote(engine: ModelInterface, some: Pixels, golden: Golden) -> None:
     logits = engine.predict(some)
-    assert (logits.dtype, logits.shape) == (np.float32, (64, 10))
+    assert logits.dtype == np.float32 and logits.shape == (64, 10)
     np.testing.assert_allclose(logits, golden["logits"], atol=1e-4)
 
 
@@ -159,7 +159,7 @@ def test_the_replay_passes_and_says_how_close(engine: ModelInterface, root: Path
 
 @pytest.mark.parametrize(("shift", "passes"), [(0.0005, True), (5, False), (np.nan, False)])
 def test_the_replay_compares_probabilities(
-    engine: ModelInterface, broken: Path, golden: dict[str, Pixels], shift: float, passes: bool
+    engine: ModelInterface, broken: Path, golden: Golden, shift: float, passes: bool
 ) -> None:
     logits = golden["logits"].astype(np.float32)
     logits[63, 1] += shift

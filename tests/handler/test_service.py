@@ -177,7 +177,7 @@ def test_a_failed_lookup_is_answered_not_raised(bench: Bench, monkeypatch: Any, 
 
 PIXEL = st.integers(0, 3)
 ROW = st.tuples(PIXEL, PIXEL, PIXEL)
-REQUESTS = st.one_of(
+REQUESTS: st.SearchStrategy[tuple[Request, list[Any]]] = st.one_of(
     ROW.map(lambda row: (raw(*row), [row])),
     ROW.map(lambda row: (raw(*row, look_up=False), [row])),
     st.lists(ROW, min_size=1, max_size=4).map(lambda r: (rows(*map(list, r)), r if len(r) <= 3 else [])),

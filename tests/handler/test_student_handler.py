@@ -18,9 +18,10 @@ from handler import codecs, student_handler
 from handler.bundle import FILES, seal
 from handler.contract import probabilities
 from handler.errors import BundleError, SettingsError
+from handler.model import load_model
 from serving.archive import describe
 from tests.bundles import LABELS
-from tests.handler.payloads import JSON, RAW, Pixels, b64, dumps, features, huge_png, jpeg, png
+from tests.handler.payloads import JSON, RAW, Golden, Pixels, b64, dumps, features, huge_png, jpeg, png
 from tests.harness import Post, Reply, Worker, multipart, post
 
 MEDIA = 415, "unsupported_media"
@@ -103,13 +104,13 @@ def key_of(name: str) -> str:
 GOOD_NAMES, BAD = list(forms(np.zeros((28, 28), np.uint8))), bad()
 
 
-def assert_predicts(reply: Reply, image_index: int, golden: dict[str, Pixels], key: str = "prediction") -> None:
+def assert_predicts(reply: Reply, image_index: int, golden: Golden, key: str = "prediction") -> None:
     """The whole answer, key by key in order, against the eager logits that training wrote."""
     expected = probabilities(golden["logits"][image_index : image_index + 1])
     assert reply.status == 200, reply.body
     assert list(reply.json) == [key, "label", "class_id", "source", "model"]
     np.testing.assert_allclose(reply.scores, expected, atol=1e-5)
-    assert sum(reply.scores[0]) == pytest.approx(1, abs=1e-7)
+    assert reply.scores[0].sum() == pytest.approx(1, abs=1e-7)
     assert reply.json["class_id"] == [expected[0].argmax()]
     assert reply.json["label"] == [LABELS[expected[0].argmax()]]
     assert list(reply.json["model"]) == ["name", "version", "digest"]
@@ -117,9 +118,7 @@ def assert_predicts(reply: Reply, image_index: int, golden: dict[str, Pixels], k
 
 
 @pytest.mark.parametrize("name", GOOD_NAMES)
-def test_every_form_of_an_image_gets_its_prediction(
-    worker: Worker, images: Pixels, golden: dict[str, Pixels], name: str
-) -> None:
+def test_every_form_of_an_image_gets_its_prediction(worker: Worker, images: Pixels, golden: Golden, name: str) -> None:
     [first] = worker.ask(forms(images[3])[name])
     assert_predicts(first, 3, golden, key_of(name))
     assert (first.phrase, first.json["source"], first.headers["X-Cache"]) == ("OK", "model", "MISS")
@@ -142,9 +141,7 @@ def test_every_bad_body_gets_its_status_and_code(worker: Worker, name: str) -> N
     assert worker.handler.service.cache.counts.hits == 0
 
 
-def test_a_mixed_batch_answers_each_as_if_it_were_alone(
-    worker: Worker, images: Pixels, golden: dict[str, Pixels]
-) -> None:
+def test_a_mixed_batch_answers_each_as_if_it_were_alone(worker: Worker, images: Pixels, golden: Golden) -> None:
     """Every bad body stands between two good ones of different images."""
     sent: list[Post] = []
     for i, (item, _) in enumerate(BAD.values()):
@@ -181,9 +178,7 @@ def test_an_error_says_what_was_wrong_and_what_was_expected(worker: Worker, name
     assert reply.json["error"] == text
 
 
-def test_several_images_in_one_request_get_an_answer_each(
-    worker: Worker, images: Pixels, golden: dict[str, Pixels]
-) -> None:
+def test_several_images_in_one_request_get_an_answer_each(worker: Worker, images: Pixels, golden: Golden) -> None:
     rows = dumps({"features": images.reshape(8, 784).tolist()})
     mixed = dumps({"instances": [b64(png(images[0])), images[1].tolist(), b64(images[2].tobytes())]})
     for_rows, for_mixed = worker.ask(post(rows, JSON), post(mixed, JSON))
@@ -201,7 +196,7 @@ def test_json_that_torchserve_decoded_already_is_answered_alike(
     [as_bytes] = worker.ask(forms(images[0])[name])
     monkeypatch.setenv("TS_DECODE_INPUT_REQUEST", "true")
     [decoded] = worker.ask(forms(images[0])[name])
-    assert decoded.scores == as_bytes.scores
+    np.testing.assert_array_equal(decoded.scores, as_bytes.scores)
 
 
 @pytest.mark.parametrize("name", BAD)
@@ -236,7 +231,7 @@ def test_the_answer_names_the_archive(worker: Worker, root: Path, packed: Path, 
     assert reply.json["model"] == {"name": archive.name, "version": archive.version, "digest": archive.digest}
 
 
-def test_the_archive_runs_on_its_own_code(root: Path, images: Pixels, golden: dict[str, Pixels]) -> None:
+def test_the_archive_runs_on_its_own_code(root: Path, images: Pixels, golden: Golden) -> None:
     """The same answers from the code in the archive, and nothing of this repository's among its modules."""
     with Worker(root) as worker:
         module = sys.modules.get(type(worker.handler).__module__)
@@ -252,7 +247,7 @@ def test_the_archive_runs_on_its_own_code(root: Path, images: Pixels, golden: di
 
 
 def test_a_fault_of_ours_is_500_for_its_request_only(
-    worker: Worker, images: Pixels, golden: dict[str, Pixels], monkeypatch: pytest.MonkeyPatch, caplog: Any
+    worker: Worker, images: Pixels, golden: Golden, monkeypatch: pytest.MonkeyPatch, caplog: Any
 ) -> None:
     decode = codecs.decode
 
@@ -271,7 +266,7 @@ def test_a_fault_of_ours_is_500_for_its_request_only(
 
 
 def test_a_row_that_cannot_be_read_is_500_for_itself_only(
-    worker: Worker, images: Pixels, golden: dict[str, Pixels], monkeypatch: pytest.MonkeyPatch, caplog: Any
+    worker: Worker, images: Pixels, golden: Golden, monkeypatch: pytest.MonkeyPatch, caplog: Any
 ) -> None:
     content_type = student_handler._content_type
 
@@ -289,7 +284,7 @@ def test_a_row_that_cannot_be_read_is_500_for_itself_only(
 
 
 def test_when_the_forward_fails_hits_are_still_answered(
-    worker: Worker, images: Pixels, golden: dict[str, Pixels], monkeypatch: pytest.MonkeyPatch, caplog: Any
+    worker: Worker, images: Pixels, golden: Golden, monkeypatch: pytest.MonkeyPatch, caplog: Any
 ) -> None:
     def broken(_: Any) -> Any:
         raise MemoryError("CUDA out of memory")
@@ -432,11 +427,10 @@ def test_workers_share_the_cores(
     root: Path, in_copy: Path, monkeypatch: pytest.MonkeyPatch, cores: int, config: dict[str, Any], expected: int
 ) -> None:
     asked: list[int] = []
-    load_model = student_handler.load_model
 
     def spy(*arguments: Any) -> Any:
         asked.append(arguments[3])
-        return load_model(*arguments[:3], 1, arguments[4])
+        return load_model(arguments[0], arguments[1], arguments[2], 1, arguments[4])
 
     def change(copy: Path) -> None:
         (copy / "model-config.yaml").write_text(yaml.safe_dump(config))
@@ -457,12 +451,16 @@ def test_cores_are_those_this_process_may_use(monkeypatch: pytest.MonkeyPatch) -
 
 def test_each_batch_size_is_warm_before_the_worker_is_ready(in_place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[int] = []
-    load_model = student_handler.load_model
 
     def spy(*arguments: Any) -> Any:
-        model = load_model(*arguments)
+        model: Any = load_model(*arguments)
         predict = model.predict
-        model.predict = lambda images: (seen.append(len(images)), predict(images))[1]  # type: ignore[method-assign]
+
+        def counted(images: Pixels) -> Any:
+            seen.append(len(images))
+            return predict(images)
+
+        model.predict = counted
         return model
 
     monkeypatch.setattr(student_handler, "load_model", spy)
