@@ -3,7 +3,6 @@
 import json
 import platform
 import shutil
-import tempfile
 from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
@@ -54,8 +53,9 @@ def write_bundle(
 
     `golden` are the images whose payloads and logits (of the eager network, on the CPU) go along.
     """
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
+    temporary = folder.with_name(f".{folder.name}.part")
+    shutil.rmtree(temporary, ignore_errors=True)  # what a killed run left
+    temporary.mkdir(parents=True)
     try:
         save_weights(student, temporary / FILES.weights)
         shutil.copyfile(onnx, temporary / FILES.onnx)
@@ -63,7 +63,6 @@ def write_bundle(
         save_json(report, temporary / FILES.report)
         _save_golden(student, golden, temporary / FILES.golden)
         digest = seal(temporary, {**evidence, "versions": versions()})
-        temporary.chmod(0o755)
         shutil.rmtree(folder, ignore_errors=True)
         temporary.rename(folder)
     finally:

@@ -13,7 +13,6 @@ import io
 import logging
 import shutil
 import subprocess
-import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -206,12 +205,16 @@ def _verified(source: Source, place: Path, name: str) -> bytes:
 @contextlib.contextmanager
 def _filled(folder: Path) -> Iterator[Path]:
     """A temporary folder whose files reach `folder` only when the block succeeds."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder.parent) as temporary:
-        yield Path(temporary)
+    temporary = folder.with_name(f".{folder.name}.part").absolute()
+    shutil.rmtree(temporary, ignore_errors=True)  # what a killed run left
+    temporary.mkdir(parents=True)
+    try:
+        yield temporary
         folder.mkdir(exist_ok=True)
-        for path in Path(temporary).rglob("*-ubyte*"):
+        for path in temporary.rglob("*-ubyte*"):
             path.replace(folder / path.name)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def _download(source: Source, folder: Path) -> None:

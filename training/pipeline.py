@@ -4,11 +4,13 @@ A stage is a function of files: its key is the digest of its settings, the data 
 done is kept in `stages.json`, and each stage that ran adds a line to `history.jsonl`.
 """
 
+import contextlib
+import fcntl
 import functools
 import json
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -121,14 +123,26 @@ class DistillationPipeline:
 
     def run(self, only: str | None = None) -> None:
         """Run every stage that is not done, or the one named (whose inputs must be there)."""
-        self.folder.mkdir(parents=True, exist_ok=True)
-        with atomic(self.folder / "experiment.yaml") as path:
-            path.write_text(yaml.safe_dump(self.experiment.to_dict(), sort_keys=False, allow_unicode=True))
         stages = {stage.name: stage for stage in self.stages()}
         if only is not None and only not in stages:
             raise DistilleryError(f"{only}: not a stage of this experiment: it has {', '.join(stages)}")
-        for stage in stages.values() if only is None else [stages[only]]:
-            self._run_stage(stage)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with self._alone():
+            with atomic(self.folder / "experiment.yaml") as path:
+                path.write_text(yaml.safe_dump(self.experiment.to_dict(), sort_keys=False, allow_unicode=True))
+            for stage in stages.values() if only is None else [stages[only]]:
+                self._run_stage(stage)
+
+    @contextlib.contextmanager
+    def _alone(self) -> Iterator[None]:
+        """Hold the run's lock: a killed script may have left its pipeline at work, and two would undo each other."""
+        with (self.folder / "lock").open("w") as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                log.info("%s: another process is at work on it; waiting until it ends", self.folder)
+                fcntl.flock(lock, fcntl.LOCK_EX)
+            yield
 
     def _run_stage(self, stage: Stage) -> None:
         for name in stage.inputs:

@@ -21,7 +21,7 @@ def _figure(path: Path, columns: int = 1) -> Iterator[list[Axes]]:
     FigureCanvasAgg(figure)
     yield [figure.add_subplot(1, columns, i + 1) for i in range(columns)]
     with atomic(path) as temporary:
-        figure.savefig(temporary, metadata={"Software": None})
+        figure.savefig(temporary, format="png", metadata={"Software": None})
 
 
 def curves(folder: Path, roles: Sequence[str], path: Path) -> None:

@@ -3,6 +3,8 @@
 import dataclasses
 import json
 import shutil
+import threading
+import time
 from pathlib import Path
 
 import jsonschema
@@ -36,7 +38,8 @@ def run(experiment: Experiment, tmp_path: Path, finished: Path) -> DistillationP
 
 
 def stages_run(pipeline: DistillationPipeline) -> list[str]:
-    return [json.loads(line)["stage"] for line in (pipeline.folder / "history.jsonl").read_text().splitlines()]
+    path = pipeline.folder / "history.jsonl"
+    return [json.loads(line)["stage"] for line in path.read_text().splitlines()] if path.exists() else []
 
 
 ALL = ["teacher", "student", "baseline", "export", "evaluate", "bundle"]
@@ -152,3 +155,21 @@ def test_weights_of_another_network_are_refused(run: DistillationPipeline) -> No
     (run.folder / "teacher.pt").write_bytes((run.folder / "student.pt").read_bytes()[:-100])
     with pytest.raises(DistilleryError, match="not the teacher of this experiment"):
         run.load("teacher")
+
+
+def test_two_at_once_take_turns(experiment: Experiment, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """The second waits for the first, and then finds its work done."""
+    first, second = (DistillationPipeline(experiment, tmp_path / "runs") for _ in range(2))
+    first.folder.mkdir(parents=True)
+    with caplog.at_level("INFO", "training"):
+        waiting = threading.Thread(target=second.run, args=("teacher",))
+        with first._alone():
+            waiting.start()
+            deadline = time.monotonic() + 10
+            while "another process is at work" not in caplog.text and time.monotonic() < deadline:
+                time.sleep(0.01)
+            assert stages_run(first) == []
+            first._run_stage(first.stages()[0])
+        waiting.join(30)
+    assert stages_run(first) == ["teacher"]
+    assert "another process is at work" in caplog.text
