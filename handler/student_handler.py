@@ -130,7 +130,7 @@ def _content_type(headers: Mapping[str, Any], name: str) -> str:
 def _payload(row: Mapping[str, Any], name: str, content_type: str) -> bytes:
     """The bytes of the part; what the server has decoded already is encoded again, so that one way leads on."""
     if row and name not in row:
-        raise BadInput("no_data", f"expected a part named 'data', got {sorted(map(str, row))[:3]}")
+        raise BadInput("empty_body", f"expected a part named 'data', got {sorted(map(str, row))[:3]}")
     value = row.get(name, b"")
     if isinstance(value, bytes | bytearray):
         return bytes(value)

@@ -1,6 +1,8 @@
 """A passport vouches for every file, and for itself; writing is whole or not at all."""
 
 import json
+import os
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
@@ -78,3 +80,16 @@ def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path: Path) -> 
         raise ZeroDivisionError
     assert path.read_text() == "old"
     assert list(path.parent.iterdir()) == [path]
+
+
+def test_what_a_killed_process_left_is_removed(tmp_path: Path) -> None:
+    """Of the same file only, and not while the process that writes it lives."""
+    ended = subprocess.Popen(["true"])
+    ended.wait()
+    lost, strange = tmp_path / f".a.json.{ended.pid}.part", tmp_path / ".a.json.part"
+    written, other = tmp_path / f".a.json.{os.getppid()}.part", tmp_path / f".b.json.{ended.pid}.part"
+    for path in (lost, strange, written, other):
+        path.write_text("half")
+    with atomic(tmp_path / "a.json") as temporary:
+        temporary.write_text("whole")
+    assert sorted(tmp_path.iterdir()) == sorted([tmp_path / "a.json", written, other])

@@ -136,9 +136,9 @@ def test_a_twin_that_may_be_stored_is(bench: Bench) -> None:
 
 
 def test_a_request_that_was_not_readable_keeps_its_error(bench: Bench) -> None:
-    request = Request(request_id="r", error=BadInput("no_data", "no part"))
+    request = Request(request_id="r", error=BadInput("empty_body", "no part"))
     [answer, good] = bench.ask(request, raw(1, 2, 3))
-    assert (answer.status, json.loads(answer.body)["code"], good.status) == (400, "no_data", 200)
+    assert (answer.status, json.loads(answer.body)["code"], good.status) == (400, "empty_body", 200)
 
 
 def test_logits_that_are_not_finite_fail_their_own_request_only(bench: Bench, caplog: Any) -> None:
@@ -185,7 +185,7 @@ REQUESTS: st.SearchStrategy[tuple[Request, list[Any]]] = st.one_of(
 )
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(st.lists(st.lists(REQUESTS, max_size=6), max_size=5))
 def test_any_batch_is_answered_as_each_request_would_be_alone(batches: list[list[tuple[Request, list[Any]]]]) -> None:
     """The law of batching, caching and deduplication together: none of them changes a prediction."""

@@ -164,7 +164,7 @@ STEPS = st.one_of(
 )
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(st.integers(0, 4), st.integers(0, 1500), st.sampled_from([0.0, 3.0, 5.0]), st.lists(STEPS, max_size=30))
 def test_it_does_what_the_plainest_one_does(entries: int, size_bytes: int, ttl_s: float, steps: list[object]) -> None:
     clock = Clock()

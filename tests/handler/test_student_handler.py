@@ -69,7 +69,7 @@ def bad() -> dict[str, tuple[Post, tuple[int, str]]]:
         "empty json": (post(b"", JSON), (400, "empty_body")),
         "no row": (Post(), (400, "empty_body")),
         "form": (Post({"Content-Type": "application/x-www-form-urlencoded"}), (400, "empty_body")),
-        "other part": (multipart(image=("image/png", png(image))), (400, "no_data")),
+        "other part": (multipart(image=("image/png", png(image))), (400, "empty_body")),
         "truncated png": (post(png(image)[:-30], "image/png"), (400, "bad_image")),
         "truncated jpeg": (post(jpeg(image)[:-99], "image/jpeg"), (400, "bad_image")),
         "png magic only": (post(png(image)[:8]), (400, "bad_image")),

@@ -196,7 +196,7 @@ def simple(value: Any) -> bool:
         return False
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(VALUES | st.fixed_dictionaries({"instances": VALUES}) | st.fixed_dictionaries({"features": VALUES}))
 def test_any_value_is_decoded_or_refused_as_the_plain_reading_says(value: Any) -> None:
     try:

@@ -193,7 +193,7 @@ def test_bytes_of_no_type_are_pixels_if_their_number_is_right() -> None:
 SEEDS = [png(GREY), jpeg(COLOUR), png(np.dstack([COLOUR, GREY])), jpeg(Image.fromarray(COLOUR).convert("CMYK"))]
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(
     st.sampled_from(SEEDS),
     st.lists(st.tuples(st.integers(0, 5000), st.integers(0, 255)), min_size=1, max_size=6),
@@ -207,7 +207,7 @@ def test_damage_is_refused_or_survived_never_a_fault(seed: bytes, damage: list[t
         decode(bytes(payload[: len(payload) - cut % 50]))
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(st.sampled_from(image.MAGIC), st.binary(max_size=200))
 def test_garbage_behind_a_magic_is_refused(magic: bytes, rest: bytes) -> None:
     with pytest.raises(ServeError):
