@@ -54,11 +54,10 @@ def atomic(path: Path) -> Iterator[Path]:
 
 def _alive(pid: str) -> bool:
     try:
-        os.kill(int(pid), 0)
+        with contextlib.suppress(PermissionError):  # another user's process
+            os.kill(int(pid), 0)
     except (ProcessLookupError, ValueError):
         return False
-    except PermissionError:  # another user's
-        return True
     return True
 
 
