@@ -17,7 +17,7 @@ from handler import settings as typed
 from handler.errors import DistilleryError, SettingsError
 from serving import archive, operate, predict, preflight, server
 from serving.archive import ServeSettings
-from serving.client import Client
+from serving.client import Client, token
 from serving.instance import Instance, locate
 
 FLAGS = ("min_workers", "max_workers", "batch_size", "max_batch_delay", "response_timeout", "startup_timeout")
@@ -26,6 +26,7 @@ EXAMPLES = {
     "check": "python -m serving check model_store/student.mar",
     "start": "python -m serving start --port 9080",
     "status": "python -m serving status --json",
+    "token": "python -m serving token",
     "predict": "python -m serving predict shoe.png photos/ --index 0 1 2",
     "scale": "python -m serving scale 2",
     "stop": "python -m serving stop --drain 30",
@@ -61,9 +62,18 @@ def check_command(options: argparse.Namespace) -> int:
 def start_command(options: argparse.Namespace) -> int:
     """Start TorchServe and wait until every worker is READY with what the archive asks for."""
     instance, path = _instance(options), options.model_store / options.models
-    began = server.start(instance, path, config=options.config, tokens=not options.no_token)
+    began = server.start(instance, path, config=options.config, tokens=not options.no_token, replace=options.replace)
     found = operate.status(instance, archive.read(path).name)
     return _show(options, dataclasses.asdict(found), f"{'started' if began else 'already running'}: {_line(found)}")
+
+
+def token_command(options: argparse.Namespace) -> int:
+    """Print the token that requests need, new at each start: Authorization: Bearer TOKEN."""
+    instance = _instance(options)
+    found = token(instance.key_file, "management" if options.management else "inference")
+    if found is None:
+        raise DistilleryError(f"{instance.key_file}: no such file: no server runs here, or it asks for no token")
+    return _show(options, {"token": found}, found)
 
 
 def stop_command(options: argparse.Namespace) -> int:
@@ -160,12 +170,18 @@ def _start_arguments(p: argparse.ArgumentParser) -> None:
     _instance_arguments(p)
     p.add_argument("--model-store", type=Path, default=Path("model_store"), help="default: %(default)s")
     p.add_argument("--models", default="student.mar", metavar="ARCHIVE", help="default: %(default)s")
+    p.add_argument("--replace", action="store_true", help="stop a server that serves another archive first")
     p.add_argument("--no-token", action="store_true", help="answer without a token, for demonstrations and load tests")
 
 
 def _stop_arguments(p: argparse.ArgumentParser) -> None:
     _instance_arguments(p)
     p.add_argument("--drain", type=float, default=10.0, help="seconds to wait for requests in hand (default: 10)")
+
+
+def _token_arguments(p: argparse.ArgumentParser) -> None:
+    _instance_arguments(p)
+    p.add_argument("--management", action="store_true", help="the token of the management port")
 
 
 def _status_arguments(p: argparse.ArgumentParser) -> None:

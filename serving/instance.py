@@ -22,6 +22,7 @@ from serving.archive import ServeSettings
 from serving.client import token
 from serving.management import Management
 
+PID_FILE = ".model_server.pid"
 JAVA_CLASS = "org.pytorch.serve.ModelServer"
 ADDRESSES = {"inference_address": 8080, "management_address": 8081, "metrics_address": 8082}
 GRPC = {"grpc_inference_port": 7070, "grpc_management_port": 7071}
@@ -62,8 +63,13 @@ class Instance:
 
     @property
     def temporary(self) -> Path:
-        """The server's TMPDIR and TEMP: pid file, sockets, unpacked archives."""
+        """The server's own TEMP: sockets and unpacked archives."""
         return self.home / "tmp"
+
+    @property
+    def pid_folder(self) -> Path:
+        """The server's TMPDIR: pid file. The default instance's is the user's, for there `torchserve --stop` looks."""
+        return Path(tempfile.gettempdir()) if self.home != self.folder else self.temporary
 
     def management(self) -> Management:
         """A client of its management port."""
@@ -92,14 +98,22 @@ class Instance:
         """Remove what is of use only while the server runs."""
         for path in (self.home / "server.json", self.key_file):
             path.unlink(missing_ok=True)
+        if java(self.pid_folder) is None:
+            (self.pid_folder / PID_FILE).unlink(missing_ok=True)
 
     def process(self) -> psutil.Process | None:
-        """The running server: that of our pid file, or of plain `torchserve --start` if it has our ports."""
-        ours = java(self.temporary)
-        if ours:
-            return ours
-        other = java(Path(tempfile.gettempdir()))
-        return other if other and self.ports()[1] in listening(other) else None
+        """The running server: that of the pid file, if it has our ports; another folder's may have written it."""
+        found = java(self.pid_folder)
+        listens = (self.ports()[1], psutil.CONN_LISTEN)
+        return found if found and listens in (connections(found) or []) else None
+
+    def clients(self) -> int | None:
+        """How many connections to the inference ports are open; None when that cannot be known."""
+        process, ports = self.process(), (self.ports()[0], self.ports()[3])
+        found = connections(process) if process else None
+        if found is None:
+            return None
+        return sum(port in ports and state == psutil.CONN_ESTABLISHED for port, state in found)
 
     def _url(self, key: str) -> str:
         url = self.properties.get(key, f"http://127.0.0.1:{ADDRESSES[key]}")
@@ -126,10 +140,10 @@ def read_properties(path: Path) -> dict[str, str]:
     return {key.strip(): value.strip() for key, value in pairs}
 
 
-def java(temporary: Path) -> psutil.Process | None:
-    """The live TorchServe of the pid file in a temporary folder."""
+def java(folder: Path) -> psutil.Process | None:
+    """The live TorchServe of the pid file in a folder."""
     try:
-        process = psutil.Process(int((temporary / ".model_server.pid").read_text()))
+        process = psutil.Process(int((folder / PID_FILE).read_text()))
         # After a restart of the machine the pid may be anyone's.
         return process if alive(process) and JAVA_CLASS in process.cmdline() else None
     except (OSError, ValueError, psutil.Error):
@@ -144,13 +158,12 @@ def alive(process: psutil.Process) -> bool:
         return False
 
 
-def listening(process: psutil.Process) -> set[int]:
-    """The ports that a process listens on."""
+def connections(process: psutil.Process) -> list[tuple[int, str]] | None:
+    """Port and state of each connection that a process holds; None when the system does not tell."""
     try:
-        connections = process.net_connections("tcp")
+        return [(one.laddr.port, one.status) for one in process.net_connections("tcp")]
     except psutil.Error:
-        return set()
-    return {connection.laddr.port for connection in connections if connection.status == psutil.CONN_LISTEN}
+        return None
 
 
 def taken(ports: tuple[int, ...]) -> list[int]:

@@ -14,7 +14,8 @@ from serving.instance import Instance, Record
 from serving.management import Model, Worker
 
 log = logging.getLogger(__name__)
-LOOK_S = 0.25  # a worker that used no processor time for so long, with nothing queued, has nothing in hand
+LOOK_S = 0.25
+IDLE_LOOKS = 4  # looks at workers that used no processor time since the one before
 COUNTS = ("minWorkers", "maxWorkers")
 
 
@@ -81,23 +82,27 @@ def scale(instance: Instance, name: str, workers: int, *, drain_s: float, wait_s
 
 
 def drain(instance: Instance, wait_s: float, name: str | None = None) -> bool:
-    """Wait until nothing is queued or in hand; False, with a warning, when that takes longer than `wait_s`."""
-    management = instance.management()
-    end, before = time.monotonic() + wait_s, None
+    """Wait until nothing is queued or in hand; False, with a warning, when that takes longer than `wait_s`.
+
+    TorchServe does not tell what is in hand. Without an open connection nothing is; with some, which clients may
+    keep open for later, the workers must have been idle for a second.
+    """
+    management, end = instance.management(), time.monotonic() + wait_s
+    before, idle = None, 0
     while wait_s > 0:
         try:
             models = [management.describe(one) for one in ([name] if name else management.models())]
         except DistilleryError:
             return True  # nobody there to drain
-        now = _effort(models)
-        if now == before and not any(model.pending for model in models):
+        now, queued = _effort(models), any(model.pending for model in models)
+        idle = idle + 1 if now == before and not queued else 0
+        if idle >= IDLE_LOOKS or (not queued and instance.clients() == 0):
             return True
         if time.monotonic() > end:
-            break
+            log.warning("still busy after %g s: requests in hand will be lost", wait_s)
+            return False
         before = now
         time.sleep(LOOK_S)
-    if wait_s > 0:
-        log.warning("still busy after %g s: requests in hand will be lost", wait_s)
     return False
 
 

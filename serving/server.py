@@ -24,18 +24,22 @@ from serving.operate import differences, drain
 log = logging.getLogger(__name__)
 LOOK_S = 0.2  # between two looks at a server that is starting or stopping
 STOP_S = 30.0
+DRAIN_S = 10.0
 SOCKET_PATH = 100  # a Unix socket's path holds 108 bytes, a worker's number is part of it
 
 
-def start(instance: Instance, path: Path, *, config: Path, tokens: bool = True) -> bool:
+def start(instance: Instance, path: Path, *, config: Path, tokens: bool = True, replace: bool = False) -> bool:
     """Serve the archive at `path`; False when the server already runs and serves exactly that.
 
-    Raises DistilleryError with the worker's own words when it cannot load, and leaves nothing running then.
+    A server with another archive is an error, or drained and stopped first if `replace`. Raises DistilleryError
+    with the worker's own words when the archive cannot be loaded, and leaves nothing running then.
     """
     archive = archives.read(path)
     if instance.process():
-        _expect_served(instance, archive)
-        return False
+        if not replace or _served(instance, archive) == archive.digest:
+            _expect_served(instance, archive)
+            return False
+        stop(instance, DRAIN_S)
     busy = taken(instance.ports())
     if busy:
         raise DistilleryError(f"port {busy[0]} is taken: stop what holds it, or choose other ports with --port")
@@ -92,8 +96,8 @@ def environment(instance: Instance, environ: Mapping[str, str]) -> dict[str, str
     """
     own = {
         "JAVA_HOME": java_home(environ),
-        "TMPDIR": str(instance.temporary),  # the pid file: one server per folder
-        "TEMP": str(instance.temporary),  # Java's: sockets and unpacked archives
+        "TMPDIR": str(instance.pid_folder),
+        "TEMP": str(instance.temporary),
         "LOG_LOCATION": str(instance.home),
         "METRICS_LOCATION": str(instance.home),
         "TS_CONFIG_FILE": str(instance.home / "config.properties"),  # wins over --ts-config if it is set
@@ -124,7 +128,7 @@ def _launch(instance: Instance, archive: Archive, config: Path, tokens: bool) ->
             command, cwd=instance.folder, env=env, stdin=subprocess.DEVNULL, stdout=out, stderr=out,
             start_new_session=True, check=False,
         )  # fmt: skip
-    process = java(instance.temporary)
+    process = java(instance.pid_folder)
     if launcher.returncode != 0 or process is None:
         raise DistilleryError(f"TorchServe did not start: {_last_line(console)} (all of it: {console})")
     return process
@@ -157,16 +161,20 @@ def _model(instance: Instance, name: str) -> Model | None:
         return None
 
 
-def _expect_served(instance: Instance, archive: Archive) -> None:
+def _served(instance: Instance, archive: Archive) -> str:
     """Ask for one prediction, whose digest says what is really served."""
     with archives.unpacked(archive.path) as root:
         payload = archives.golden(root).images[0].tobytes()
     with Client(instance.inference, model=archive.name, key_file=instance.key_file) as client:
-        served = client.predict(payload, "application/octet-stream", cache=False).digest
+        return client.predict(payload, "application/octet-stream", cache=False).digest
+
+
+def _expect_served(instance: Instance, archive: Archive) -> None:
+    served = _served(instance, archive)
     if served != archive.digest:
         raise DistilleryError(
             f"{instance.inference} serves {served[:12]}, not {archive.path} ({archive.digest[:12]}): "
-            "stop it first with `python -m serving stop`"
+            "stop it with `python -m serving stop`, or start with --replace"
         )
 
 
