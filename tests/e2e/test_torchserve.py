@@ -121,7 +121,7 @@ def test_starting_again_says_so_and_another_archive_is_an_error(served: Site, pa
     assert again.status == 0 and again.out.startswith("already running")
     remade(packed, served.folder / "model_store" / "other.mar", lambda root: None, sealed=True)
     other = served.serving("start", "--models", "other.mar")
-    assert other.status == 1 and "stop it first" in other.error and other.error.count("\n") == 1
+    assert other.status == 1 and "start with --replace" in other.error and other.error.count("\n") == 1
     assert served.serving("status").status == 0
 
 
@@ -248,11 +248,17 @@ def test_a_worker_that_dies_is_seen_and_comes_back(served: Site) -> None:
     assert served.serving("predict", "--index", "0").status == 0
 
 
-def test_what_stop_leaves(fresh: Site, golden: archive.Golden) -> None:
+def test_what_replacing_and_stopping_leave(fresh: Site, packed: Path, golden: archive.Golden) -> None:
     """Requests in hand are answered, then all is gone: processes, ports, keys. Twice is as good as once."""
-    assert fresh.serving("start", "--no-token").status == 0
+    remade(packed, fresh.folder / "model_store" / "other.mar", lambda root: None, sealed=True)
+    assert fresh.serving("start", "--models", "other.mar").status == 0
+    other = fresh.serving("status", "--json").json
+    replaced = fresh.serving("start", "--replace", "--no-token")
+    assert replaced.status == 0 and replaced.out.startswith("started: "), replaced.error
+    assert not alive(other["pid"])
     instance = fresh.instance()
     status = fresh.serving("status", "--json").json
+    assert status["digest"] == archive.read(packed).digest != other["digest"]
     pids = [status["pid"], *(worker["pid"] for worker in status["workers"])]
     assert requests.post(f"{instance.inference}/predictions/student", PNG, timeout=10).status_code == 200, "no token"
 
@@ -293,6 +299,11 @@ def test_the_commands_of_torchserve_itself(fresh: Site) -> None:
     assert bare.status == 0, bare.out
     until(ready(fresh, 1, default=True), "READY")
     assert fresh.serving("stop", default=True).out == "stopped\n"
+
+    assert fresh.serving("start", default=True).status == 0
+    pid = fresh.serving("status", "--json", default=True).json["pid"]
+    assert "TorchServe has stopped." in fresh.torchserve("--stop").out
+    until(lambda: not alive(pid), "ours ended by theirs")
 
 
 def test_a_touched_archive_is_refused_by_the_worker_itself(fresh: Site, packed: Path) -> None:

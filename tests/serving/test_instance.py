@@ -112,8 +112,14 @@ def test_java_is_that_of_java_home_or_jdk4pys(tmp_path: Path) -> None:
 
 
 def test_the_servers_environment_has_no_pythonpath_and_folders_of_its_own(tmp_path: Path) -> None:
-    instance = Instance(tmp_path, tmp_path / "home", {})
+    instance = locate(CONFIG, 9080)
     found = environment(instance, {"PYTHONPATH": "/repo", "TS_CONFIG_FILE": "other", "TMPDIR": "/tmp", "HOME": "/h"})
     assert "PYTHONPATH" not in found and found["HOME"] == "/h"
-    assert found["TMPDIR"] == found["TEMP"] == str(tmp_path / "home" / "tmp")
-    assert found["TS_CONFIG_FILE"] == str(tmp_path / "home" / "config.properties")
+    assert found["TMPDIR"] == found["TEMP"] == str(tmp_path / "logs" / "9080" / "tmp")
+    assert found["TS_CONFIG_FILE"] == str(tmp_path / "logs" / "9080" / "config.properties")
+
+
+def test_the_default_servers_pid_file_is_where_torchserve_stop_looks(tmp_path: Path) -> None:
+    found = environment(locate(CONFIG), {})
+    assert found["TMPDIR"] == str(tmp_path / "tmp")  # this test's temporary folder
+    assert found["TEMP"] == str(tmp_path / "logs" / "tmp")

@@ -10,7 +10,7 @@ from serving import __main__ as command
 from serving import archive, predict, preflight
 from serving.client import Client
 from tests.serving.conftest import Stub
-from tests.serving.test_client import GOOD
+from tests.serving.test_client import GOOD, keys
 
 CONFIG = str(Path(__file__).parents[2] / "config.properties")
 NOWHERE = ["--config", CONFIG, "--port", "1"]  # ports that no TorchServe of ours has
@@ -114,6 +114,15 @@ def test_stopping_nothing_is_done(capsys: pytest.CaptureFixture[str]) -> None:
     assert command.main(["stop", *NOWHERE]) == 0
     assert command.main(["stop", *NOWHERE, "--json"]) == 0
     assert capsys.readouterr().out == 'not running\n{\n  "stopped": false\n}\n'
+
+
+def test_token_prints_the_token_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert command.main(["token", "--config", CONFIG]) == 1
+    assert "key_file.json: no such file" in capsys.readouterr().err
+    keys(tmp_path / "key_file.json", "iii")
+    assert command.main(["token", "--config", CONFIG]) == 0
+    assert command.main(["token", "--management", "--config", CONFIG]) == 0
+    assert capsys.readouterr().out == "iii\nmmm\n"
 
 
 def test_predict_prints_a_row_for_each_image(
