@@ -159,7 +159,8 @@ def test_what_is_not_json_is_refused(text: bytes) -> None:
 
 
 VALUES = st.recursive(
-    st.none() | st.booleans() | st.text(max_size=3) | st.integers(-2, 300) | st.floats(allow_nan=False, allow_infinity=False)
+    st.none() | st.booleans() | st.text(max_size=3) | st.integers(-2, 300)
+    | st.floats(allow_nan=False, allow_infinity=False)
     | st.just(ROW) | st.just([float(n) for n in ROW]) | st.just([ROW[:3], ROW[3:]]) | st.just(b64(bytes(ROW))),
     lambda inner: st.lists(inner, max_size=7)
     | st.dictionaries(st.sampled_from(["features", "instances", "b64"]), inner, max_size=2),
