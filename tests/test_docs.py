@@ -37,7 +37,7 @@ def test_every_file_in_the_readmes_tree_exists() -> None:
     for line in tree.splitlines():
         if match := re.match(r"(\w+)/ ", line):
             folder = Path(match[1])
-        for name in re.findall(r"\b[\w*]+\.(?:py|properties|yaml)\b", line):
+        for name in re.findall(r"\b[a-z_*]+\.(?:py|properties|yaml)\b", line):
             where = [folder, Path(), folder / "codecs", folder / "experiments"]
             assert any(list(place.glob(name)) for place in where), f"{folder}/{name}"
 

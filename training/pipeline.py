@@ -32,11 +32,12 @@ from training.teacher import LiveTeacher
 from training.views import Views
 
 log = logging.getLogger(__name__)
+PLOTS = ("curves.png", "confusion.png", "reliability.png")
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Stage:
-    """One step: the settings and files it is a function of, the files it writes, and how."""
+    """One step: the settings and files it is a function of, the files it writes, and how (given its key)."""
 
     name: str
     settings: Any
@@ -78,46 +79,15 @@ class DistillationPipeline:
         student = {**common, "student": asdict(e.student)}
         soft = {**student, "objective": asdict(e.objective), "precision": e.teacher.precision}
         baseline = ("baseline.pt",) if e.baseline else ()
-        trained = ("teacher.pt", FILES.weights, *baseline)
-        plots = ("curves.png", "confusion.png", "reliability.png")
+        trained = ("teacher.pt", FILES.weights, *baseline, FILES.onnx)
         bundled = tuple(f"bundle/{name}" for name in asdict(FILES).values())
         stages = [
-            Stage(
-                name="teacher",
-                settings={**common, "teacher": asdict(e.teacher)},
-                inputs=(),
-                outputs=("teacher.pt",),
-                run=self._run_teacher,
-            ),
-            Stage(
-                name="student",
-                settings=soft,
-                inputs=("teacher.pt",),
-                outputs=(FILES.weights,),
-                run=self._run_student,
-            ),
-            Stage(name="baseline", settings=student, inputs=(), outputs=baseline, run=self._run_baseline),
-            Stage(
-                name="export",
-                settings=e.student.network,
-                inputs=(FILES.weights,),
-                outputs=(FILES.onnx,),
-                run=self._run_export,
-            ),
-            Stage(
-                name="evaluate",
-                settings=e.to_dict(),
-                inputs=(*trained, FILES.onnx),
-                outputs=(FILES.report, *plots),
-                run=self._run_evaluate,
-            ),
-            Stage(
-                name="bundle",
-                settings=e.to_dict(),
-                inputs=(FILES.weights, FILES.onnx, FILES.report),
-                outputs=bundled,
-                run=self._run_bundle,
-            ),
+            Stage("teacher", {**common, "teacher": asdict(e.teacher)}, (), ("teacher.pt",), self._run_teacher),
+            Stage("student", soft, ("teacher.pt",), (FILES.weights,), self._run_student),
+            Stage("baseline", student, (), baseline, self._run_baseline),
+            Stage("export", e.student.network, (FILES.weights,), (FILES.onnx,), self._run_export),
+            Stage("evaluate", e.to_dict(), trained, (FILES.report, *PLOTS), self._run_evaluate),
+            Stage("bundle", e.to_dict(), (FILES.weights, FILES.onnx, FILES.report), bundled, self._run_bundle),
         ]
         return [stage for stage in stages if stage.outputs]
 

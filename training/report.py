@@ -44,39 +44,27 @@ def write(
     folder: Path, experiment: Experiment, dataset: Dataset, trained: dict[str, nn.Module], device: torch.device
 ) -> None:
     """Evaluate the trained networks of a run, by role, and write its report and plots into `folder`."""
-    test = dataset.test
+    test, session = dataset.test, onnx_session(folder / FILES.onnx)
     logits = {}
     with bar("evaluate", len(trained) + 1) as advance:
         for role, network in trained.items():
             logits[role] = _logits(network, test.images, device)
             advance()
-        session = onnx_session(folder / FILES.onnx)
         exported = onnx_logits(session, test.images)
         advance()
-    models: dict[str, Any] = {
+    # Without a bar, which would take its share of the processor.
+    latencies = _latencies(trained, session, test.images)
+    models = {
         role: {
+            "network": (experiment.teacher if role == "teacher" else experiment.student).network,
             **evaluate.quality(logits[role], test.labels, dataset.labels, logits["teacher"]),
             **_cost(network, folder / f"{role}.pt", dataset.shape),
-            "network": (experiment.teacher if role == "teacher" else experiment.student).network,
+            "latency": {key.split("/")[1]: value for key, value in latencies.items() if key.startswith(role + "/")},
         }
         for role, network in trained.items()
     }
-    # Without a bar, which would take its share of the processor.
-    latencies = _latencies(trained, session, test.images)
-    for role, model in models.items():
-        model["latency"] = {key.split("/")[1]: value for key, value in latencies.items() if key.startswith(role + "/")}
     report = {
-        "version": VERSION,
-        "experiment": experiment.name,
-        "seed": experiment.seed,
-        "data": {
-            "name": dataset.name,
-            "digest": dataset.digest,
-            "train_images": len(dataset.train),
-            "validation_images": len(dataset.validation),
-            "test_images": len(test),
-        },
-        "machine": {"processor": _processor(), "cores": os.cpu_count(), "latency_threads": 1, "versions": versions()},
+        **_circumstances(experiment, dataset),
         "models": models,
         "engines": {
             "eager": {"accuracy": models["student"]["accuracy"]},
@@ -92,6 +80,23 @@ def write(
     plots.confusion(models["student"]["confusion"], dataset.labels, folder / "confusion.png")
     plots.reliability({role: model["reliability"] for role, model in models.items()}, folder / "reliability.png")
     save_json(report, folder / FILES.report)
+
+
+def _circumstances(experiment: Experiment, dataset: Dataset) -> dict[str, Any]:
+    """Under what the figures came to be: experiment, data, machine."""
+    return {
+        "version": VERSION,
+        "experiment": experiment.name,
+        "seed": experiment.seed,
+        "data": {
+            "name": dataset.name,
+            "digest": dataset.digest,
+            "train_images": len(dataset.train),
+            "validation_images": len(dataset.validation),
+            "test_images": len(dataset.test),
+        },
+        "machine": {"processor": _processor(), "cores": os.cpu_count(), "latency_threads": 1, "versions": versions()},
+    }
 
 
 def table(report: dict[str, Any]) -> str:
