@@ -42,6 +42,14 @@ def test_every_file_in_the_readmes_tree_exists() -> None:
             assert any(list(place.glob(name)) for place in where), f"{folder}/{name}"
 
 
+def test_every_error_code_is_documented() -> None:
+    sources = "".join(path.read_text() for path in Path("handler").rglob("*.py"))
+    codes = set(re.findall(r'(?:BadInput|TooLarge|Unsupported|__init__)\("(\w+)"', sources))
+    assert {"empty_body", "too_many_pixels", "unsupported_media", "internal"} <= codes
+    documented = set(re.findall(r"`(\w+)`", Path("docs/wire.md").read_text()))
+    assert codes <= documented
+
+
 def test_the_changelog_begins_with_the_version() -> None:
     version = re.search(r'^version = "(.+)"', Path("pyproject.toml").read_text(), re.M)
     first = re.search(r"^## (\S+)", Path("CHANGELOG.md").read_text(), re.M)
