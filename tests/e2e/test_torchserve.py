@@ -220,7 +220,7 @@ def test_scaling_up_and_down_loses_no_request(served: Site, golden: archive.Gold
     assert ready(served, 2)()
     assert first[0] in served.pids(), "the worker that was there stays"
     with in_hand(served, golden) as answers:
-        down = served.serving("scale", "1")
+        down = served.serving("scale", "1", "--drain", "90")
     assert down.status == 0 and "busy" not in down.error
     assert ready(served, 1)()
     assert [answer.result().status_code for answer in answers] == [200] * len(answers)
@@ -263,7 +263,7 @@ def test_what_replacing_and_stopping_leave(fresh: Site, packed: Path, golden: ar
     assert requests.post(f"{instance.inference}/predictions/student", PNG, timeout=10).status_code == 200, "no token"
 
     with in_hand(fresh, golden) as answers:
-        stopped = fresh.serving("stop")
+        stopped = fresh.serving("stop", "--drain", "90")
     assert [answer.result().status_code for answer in answers] == [200] * len(answers)
     assert (stopped.status, stopped.out) == (0, "stopped\n")
     assert not any(psutil.pid_exists(pid) and alive(pid) for pid in pids)
