@@ -120,11 +120,10 @@ def _request(row: Mapping[str, Any], context: Any, index: int) -> Request:
 
 
 def _content_type(headers: Mapping[str, Any], name: str) -> str:
-    """The part's own content type, else the request's unless that only says multipart; without parameters."""
+    """The part's own content type, else the request's; in lower case, without parameters."""
     part = headers.get(name)  # a string if the client sent a header of the part's name
     own = part.get("content-type") if isinstance(part, dict) else None
-    media = str(own or headers.get("content-type", "")).partition(";")[0].strip().lower()
-    return "" if media.startswith("multipart/") else media
+    return str(own or headers.get("content-type", "")).partition(";")[0].strip().lower()
 
 
 def _payload(row: Mapping[str, Any], name: str, content_type: str) -> bytes:

@@ -3,7 +3,7 @@
 from dataclasses import astuple
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from handler.cache import CacheManager
@@ -43,6 +43,7 @@ PARTS = st.tuples(st.lists(st.text("ab\0", max_size=3), max_size=3), st.text("ab
 
 
 @given(PARTS, PARTS)
+@example(([], "k", bytes(8)), ([], "k" + chr(0) * 7 + chr(8), b""))  # meet if the kind is not behind its length
 def test_keys_are_equal_only_if_all_parts_are(
     one: tuple[list[str], str, bytes], other: tuple[list[str], str, bytes]
 ) -> None:

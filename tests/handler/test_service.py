@@ -11,6 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from handler import codecs
 from handler.cache import CacheManager
 from handler.contract import Contract, probabilities
 from handler.errors import BadInput
@@ -162,6 +163,20 @@ def test_a_failed_forward_fails_what_needed_it_only(bench: Bench, caplog: Any) -
     assert "told so" in caplog.text and "r(4, 5, 6)" in caplog.text
     bench.model.fault = None
     assert outcomes(bench.ask(raw(4, 5, 6))) == ["MISS"]
+
+
+@pytest.mark.parametrize("step", ["kind_of", "decode"])
+def test_a_fault_of_ours_in_one_request_is_its_own(bench: Bench, monkeypatch: Any, caplog: Any, step: str) -> None:
+    real = getattr(codecs, step)
+
+    def broken(*arguments: Any) -> Any:
+        if bytes([4, 5, 6]) in arguments:
+            raise RuntimeError("told so")
+        return real(*arguments)
+
+    monkeypatch.setattr(codecs, step, broken)
+    assert [answer.status for answer in bench.ask(raw(1, 2, 3), raw(4, 5, 6), raw(7, 8, 9))] == [200, 500, 200]
+    assert "request r(4, 5, 6) failed" in caplog.text and "told so" in caplog.text
 
 
 def test_a_failed_store_costs_no_answer_that_is_computed(bench: Bench, monkeypatch: Any, caplog: Any) -> None:
