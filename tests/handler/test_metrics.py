@@ -26,10 +26,10 @@ def test_one_counter_an_outcome_and_one_for_all() -> None:
 
 
 def test_each_counter_has_a_list_of_dimensions_of_its_own() -> None:
-    """TorchServe appends to the list it is given."""
+    """TorchServe appends to the list it is given. Index 0 puts one request's id on the line, not the batch's."""
     sink = Sink()
     metrics.emit(sink, {"HIT": 1})
-    assert sink.calls[0][3] == [] and sink.calls[0][3] is not sink.calls[1][3]
+    assert sink.calls[0][2:] == (0, []) and sink.calls[0][3] is not sink.calls[1][3]
 
 
 def test_no_sink_is_fine() -> None:

@@ -129,10 +129,21 @@ def test_weights_of_another_network_are_refused(root: Path, contract: Contract) 
         load_model(root, replace(contract, network="residual"), HandlerSettings(engine="eager"), 1, None)
 
 
-def test_weights_with_code_in_them_are_refused(broken: Path, contract: Contract) -> None:
-    torch.save({"a": print}, broken / FILES.weights)
+class Touches:
+    """Pickled code: whoever unpickles it makes a file."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> Any:
+        return Path.touch, (self.path,)
+
+
+def test_weights_with_code_in_them_are_refused_before_it_runs(broken: Path, contract: Contract) -> None:
+    torch.save({"a": Touches(broken / "ran")}, broken / FILES.weights)
     with pytest.raises(BundleError, match=r"student\.pt: not the weights"):
         load_model(broken, contract, HandlerSettings(engine="eager"), 1, None)
+    assert not (broken / "ran").exists()
 
 
 def test_a_machine_without_onnxruntime_is_told_what_to_do(
