@@ -33,6 +33,7 @@ def test_a_value_that_is_no_yaml_is_refused_with_its_variable() -> None:
         ({"cache": 5}, "cache: expected a mapping of settings, got 5"),
         ({"cache": {"ttl": 5}}, "unknown setting 'cache.ttl': did you mean 'cache.ttl_s'"),
         ({"cache": {"enabled": 1}}, "cache.enabled: expected bool, got 1"),
+        ({"cache": {"ttl_s": True}}, "cache.ttl_s: expected a number, got True"),
     ],
 )
 def test_what_cannot_be_used_is_named(tree: dict[str, Any], text: str) -> None:
