@@ -55,6 +55,8 @@ def load(kind: type[T], *sources: Mapping[str, Any]) -> T:
     """
     merged: dict[str, Any] = {}
     for source in sources:
+        if not isinstance(source, Mapping):
+            raise SettingsError(f"settings: expected a mapping, got {source!r}")
         merged = _merge(merged, source)
     return typing.cast(T, _build(kind, merged, ""))
 

@@ -52,3 +52,8 @@ def test_optional_values_and_lists() -> None:
     assert load(Other, {"maybe": 3}) == Other(maybe=3)
     with pytest.raises(SettingsError, match=r"numbers\[1\]: expected a number"):
         load(Other, {"numbers": [1, "x"]})
+
+
+def test_a_source_that_is_no_mapping_is_an_error() -> None:
+    with pytest.raises(SettingsError, match="expected a mapping, got 5"):
+        load(HandlerSettings, environment({"DISTILLERY__HANDLER": "5"})["handler"])
