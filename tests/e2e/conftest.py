@@ -155,7 +155,9 @@ def served(site: Site) -> Iterator[Site]:
     began = site.serving("start")
     assert began.status == 0, began.error
     yield site
+    assert site.instance().key_file.exists()
     assert site.serving("stop").status == 0
+    assert not site.instance().key_file.exists()
 
 
 @pytest.fixture

@@ -234,11 +234,13 @@ def test_golden_images_and_their_labels(packed: Path) -> None:
     assert golden.labels[9] == "Ankle boot"
 
 
-def test_packing_leaves_nothing_behind(bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "tmp").mkdir()
+def test_packing_leaves_nothing_behind_and_takes_nothing_away(
+    bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "tmp" / "student").mkdir(parents=True)  # torch-model-archiver would delete it
     monkeypatch.setenv("TMPDIR", str(tmp_path / "tmp"))
     monkeypatch.setattr("tempfile.tempdir", None)
     digest = file_digest(archive.pack(bundle, tmp_path / "store").path)
-    assert files(tmp_path / "tmp") == []
+    assert files(tmp_path / "tmp") == [tmp_path / "tmp" / "student"]
     assert [path.name for path in files(tmp_path / "store")] == ["student.mar"]
     assert len(digest) == 64
