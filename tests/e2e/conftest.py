@@ -129,15 +129,10 @@ def make_site(packed: Path) -> Site:
 
 
 def clear(site: Site) -> None:
-    """End, by pid, whatever a failed test has left, and remove the folder."""
-    for file in site.folder.rglob(".model_server.pid"):
-        try:
-            process = psutil.Process(int(file.read_text()))
-            family = [process, *process.children(recursive=True)]
-        except psutil.NoSuchProcess:
-            continue
-        for one in family:
-            one.kill()
+    """End, by pid, whatever a failed test has left running in the folder, and remove it."""
+    for process in psutil.process_iter(["cmdline"]):
+        if str(site.folder) in " ".join(process.info["cmdline"] or []):
+            process.kill()
     shutil.rmtree(site.folder, ignore_errors=True)
 
 
