@@ -36,8 +36,9 @@ def start(instance: Instance, path: Path, *, config: Path, tokens: bool = True, 
     """
     archive = archives.read(path)
     if instance.process():
-        if not replace or _served(instance, archive) == archive.digest:
-            _expect_served(instance, archive)
+        served = _served(instance, archive)
+        if not replace or served == archive.digest:
+            _expect(served, instance, archive)
             return False
         stop(instance, DRAIN_S)
     busy = taken(instance.ports())
@@ -51,7 +52,7 @@ def start(instance: Instance, path: Path, *, config: Path, tokens: bool = True, 
         wrong = differences(archive.settings, archive.version, model)
         if wrong:
             raise DistilleryError(f"TorchServe does not run what {path} asks for: {'; '.join(wrong)}")
-        _expect_served(instance, archive)
+        _expect(_served(instance, archive), instance, archive)
     except BaseException:
         _end(process)
         instance.forget()
@@ -169,8 +170,7 @@ def _served(instance: Instance, archive: Archive) -> str:
         return client.predict(payload, "application/octet-stream", cache=False).digest
 
 
-def _expect_served(instance: Instance, archive: Archive) -> None:
-    served = _served(instance, archive)
+def _expect(served: str, instance: Instance, archive: Archive) -> None:
     if served != archive.digest:
         raise DistilleryError(
             f"{instance.inference} serves {served[:12]}, not {archive.path} ({archive.digest[:12]}): "
