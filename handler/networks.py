@@ -5,12 +5,16 @@ returns float logits `[B, K]`; scaling and normalisation are buffers of its firs
 the state dict and in every export, and nobody normalises twice.
 """
 
-from collections.abc import Callable, Sequence
+from collections import OrderedDict
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 
 from handler.errors import SettingsError, unknown
+
+Layers = dict[str, nn.Module]
+"""The layers of a network in their order; their names are those by which hints and state dicts know them."""
 
 
 class Normalize(nn.Module):
@@ -63,50 +67,54 @@ class SeparableBlock(nn.Module):
 
 def staged(
     block: Callable[[int, int, int], nn.Module], cin: int, stages: Sequence[tuple[int, int, int]]
-) -> list[nn.Module]:
-    """Stages of `(channels, blocks, stride of the first block)`, one after the other."""
-    layers: list[nn.Module] = []
-    for cout, blocks, stride in stages:
-        layers += [block(cin if i == 0 else cout, cout, stride if i == 0 else 1) for i in range(blocks)]
+) -> dict[str, nn.Module]:
+    """`stage1`, `stage2` …, each of `(channels, blocks, stride of its first block)`."""
+    layers: dict[str, nn.Module] = {}
+    for number, (cout, blocks, stride) in enumerate(stages, 1):
+        layers[f"stage{number}"] = nn.Sequential(
+            block(cin, cout, stride), *(block(cout, cout, 1) for _ in range(1, blocks))
+        )
         cin = cout
     return layers
 
 
-def classifier(stem: list[nn.Module], body: list[nn.Module], width: int, classes: int) -> list[nn.Module]:
-    """Stem, body, global average pooling, and one linear layer."""
-    return [*stem, nn.ReLU(), *body, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(width, classes)]
+def classifier(channels: int, first: int, stages: Mapping[str, nn.Module], last: int, classes: int) -> Layers:
+    """A stem of `first` channels, the stages, global average pooling, and one linear layer from `last` channels."""
+    stem = nn.Sequential(conv_bn(channels, first, 3), nn.ReLU())
+    pool = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    return {"stem": stem, **stages, "pool": pool, "head": nn.Linear(last, classes)}
 
 
-def residual(channels: int, size: tuple[int, int], classes: int) -> list[nn.Module]:
+def residual(channels: int, size: tuple[int, int], classes: int) -> Layers:
     """Our teacher: seven residual blocks, the first at full resolution; 0.70 M parameters, 25 M MACs at 28×28."""
-    body = staged(ResidualBlock, 16, [(16, 1, 1), (32, 2, 2), (64, 2, 2), (128, 2, 2)])
-    return classifier([conv_bn(channels, 16, 3)], body, 128, classes)
+    stages = staged(ResidualBlock, 16, [(16, 1, 1), (32, 2, 2), (64, 2, 2), (128, 2, 2)])
+    return classifier(channels, 16, stages, 128, classes)
 
 
-def separable(channels: int, size: tuple[int, int], classes: int) -> list[nn.Module]:
+def separable(channels: int, size: tuple[int, int], classes: int) -> Layers:
     """Our student: seven depthwise-separable blocks; 43 k parameters, 2.4 M MACs at 28×28."""
-    body = staged(SeparableBlock, 16, [(32, 2, 2), (64, 3, 2), (128, 2, 1)])
-    return classifier([conv_bn(channels, 16, 3)], body, 128, classes)
+    stages = staged(SeparableBlock, 16, [(32, 2, 2), (64, 3, 2), (128, 2, 1)])
+    return classifier(channels, 16, stages, 128, classes)
 
 
-def _seed(channels: int, size: tuple[int, int], classes: int, widths: Sequence[int], hidden: int) -> list[nn.Module]:
+def _seed(channels: int, size: tuple[int, int], classes: int, widths: Sequence[int], hidden: int) -> Layers:
     """Convolution, ReLU and 2×2 pooling per width, then two linear layers; the first fits the grid that is left."""
-    layers: list[nn.Module] = []
-    for cin, cout in zip([channels, *widths], widths, strict=False):
-        layers += [nn.Conv2d(cin, cout, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2)]
     grid = (size[0] >> len(widths)) * (size[1] >> len(widths))
     if grid == 0:
         raise SettingsError(f"image of {size[0]}×{size[1]} pixels: the seed networks halve it {len(widths)} times")
-    layers += [nn.Flatten(), nn.Linear(widths[-1] * grid, hidden), nn.ReLU(), nn.Dropout(0.5)]
-    return [*layers, nn.Linear(hidden, classes)]
+    layers: dict[str, nn.Module] = {}
+    for number, (cin, cout) in enumerate(zip([channels, *widths], widths, strict=False), 1):
+        layers[f"stage{number}"] = nn.Sequential(nn.Conv2d(cin, cout, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2))
+    layers["hidden"] = nn.Sequential(nn.Flatten(), nn.Linear(widths[-1] * grid, hidden), nn.ReLU(), nn.Dropout(0.5))
+    return {**layers, "head": nn.Linear(hidden, classes)}
 
 
-def seed_teacher(channels: int, size: tuple[int, int], classes: int) -> list[nn.Module]:
+def seed_teacher(channels: int, size: tuple[int, int], classes: int) -> Layers:
     """The plain convolutional teacher that the project began with."""
     return _seed(channels, size, classes, (64, 128, 256), 512)
 
 
-def seed_student(channels: int, size: tuple[int, int], classes: int) -> list[nn.Module]:
+def seed_student(channels: int, size: tuple[int, int], classes: int) -> Layers:
     """The plain convolutional student that the project began with."""
     return _seed(channels, size, classes, (16, 32), 64)
 
@@ -131,4 +139,4 @@ def build(
     if name not in NETWORKS:
         raise SettingsError(unknown("network", name, NETWORKS))
     first = Normalize(mean or [0.0] * channels, std or [1.0] * channels)
-    return nn.Sequential(first, *NETWORKS[name](channels, size, classes))
+    return nn.Sequential(OrderedDict({"normalize": first, **NETWORKS[name](channels, size, classes)}))

@@ -1,8 +1,8 @@
 """Typed settings out of YAML, environment and flags: the loader that both sides of the house use.
 
 A tree of settings is a frozen dataclass whose fields are numbers, strings, booleans, literals, tuples, or
-further such dataclasses. `load` merges mappings, the later one winning, and names the key of whatever is
-wrong. `HandlerSettings` is the `handler:` section of the archive's model-config.yaml.
+further such dataclasses, or a choice or mapping of these. `load` merges mappings, the later one winning, and
+names the key of whatever is wrong. `HandlerSettings` is the `handler:` section of the archive's model-config.yaml.
 """
 
 import dataclasses
@@ -121,14 +121,26 @@ def _convert(kind: Any, value: Any, path: str) -> Any:
             return value
         raise SettingsError(f"{path}: expected one of {', '.join(map(str, args))}, got {value!r}")
     if origin is types.UnionType:
-        return None if value is None else _convert(args[0], value, path)
+        return _convert_union(args, value, path)
     if origin is tuple and isinstance(value, list | tuple):
         return tuple(_convert(args[0], item, f"{path}[{i}]") for i, item in enumerate(value))
+    if origin is dict and isinstance(value, Mapping):
+        return {str(key): _convert(args[1], item, f"{path}.{key}") for key, item in value.items()}
     if kind is float:
         return _number(value, path)
     if isinstance(value, kind if origin is None else origin) and (kind is bool or not isinstance(value, bool)):
         return value
     raise SettingsError(f"{path}: expected {getattr(kind, '__name__', kind)}, got {value!r}")
+
+
+def _convert_union(kinds: tuple[Any, ...], value: Any, path: str) -> Any:
+    """None where that is allowed; a mapping as the one dataclass among `kinds`; all else as the first plain kind."""
+    if value is None and types.NoneType in kinds:
+        return None
+    for kind in kinds:
+        if dataclasses.is_dataclass(kind) == isinstance(value, Mapping) and kind is not types.NoneType:
+            return _convert(kind, value, path)
+    return _convert(kinds[0], value, path)
 
 
 def _number(value: Any, path: str) -> float:

@@ -9,7 +9,7 @@ from pathlib import Path
 import jsonschema
 import pytest
 
-from training.config import read_experiment
+from training.reading import read_experiment
 from training.report import table
 
 README = Path("README.md").read_text()

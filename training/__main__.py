@@ -8,9 +8,9 @@ import sys
 from pathlib import Path
 
 from handler.errors import DistilleryError, SettingsError
-from training.config import read_experiment
 from training.loop import Interrupted
 from training.pipeline import DistillationPipeline
+from training.reading import read_experiment
 from training.report import read, table
 
 STAGES = ("teacher", "student", "baseline", "export", "evaluate", "bundle")

@@ -1,41 +1,33 @@
-"""The experiment: a typed tree of settings. Flag > environment > experiment file > default.
+"""The experiment: a typed tree of settings, all of them with a default but the networks' names.
 
-    python -m training run training/experiments/quickstart.yaml student.epochs=20 baseline=true
-    DISTILLERY__OBJECTIVE__TEMPERATURE=2 python -m training run …
-
-The variables DIST_TEMP, DIST_ALPHA, DIST_EPOCHS and BATCH_SIZE are honoured too, below the DISTILLERY__ ones.
+How it is read from files, flags and the environment, and which values are refused: training/reading.py.
 """
 
 import dataclasses
-import re
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, Literal
 
-import yaml
-
-from handler.errors import SettingsError
-from handler.settings import environment, load, nested, parse
-
-SHORT_NAMES = {
-    "DIST_TEMP": ("objective.temperature",),
-    "DIST_ALPHA": ("objective.alpha",),
-    "DIST_EPOCHS": ("student.epochs",),
-    "BATCH_SIZE": ("teacher.batch_size", "student.batch_size"),
-}
+from training.schedule import Value
 
 
 @dataclass(frozen=True, kw_only=True)
 class DataSettings:
     """The data set by name, where its files may lie, and how many images are held out for validation.
 
-    `train_limit` and `test_limit` keep only that many images (0 keeps all), for smoke runs.
+    `folder` reads `path`/{train,val,test}/CLASS/*.png|jpg, resized to `height` × `width` pixels and `channels`
+    (1 grey, 3 colour); without val/, `validation` images are held out of train/. Elsewhere these four do nothing.
+    `labelled` is how many training images keep their label for student and baseline (none: all of them); the
+    others only the teacher speaks of. `train_limit`, `test_limit` keep that many images (0: all), for smoke runs.
     """
 
-    name: Literal["fashion_mnist", "mnist"] = "fashion_mnist"
+    name: Literal["fashion_mnist", "mnist", "cifar10", "folder"] = "fashion_mnist"
     root: str = "data"
+    path: str = ""
+    height: int = 224
+    width: int = 224
+    channels: int = 3
     validation: int = 5000
+    labelled: int | None = None
     train_limit: int = 0
     test_limit: int = 0
 
@@ -52,102 +44,126 @@ class ViewSettings:
 class TrainSettings:
     """One network and its budget; the baseline is trained with the student's.
 
-    `learning_rate` is the peak of a one-cycle schedule whose first `warmup` part (0..1) rises.
-    `precision` bfloat16 means autocast: it pays on large networks and costs on small ones.
+    `network` is a name (ours or torchvision's), `file.py:function`, or, for a teacher, an exported program
+    `file.pt2`. `weights` is a state dict file to start from; a teacher that has them is not trained. `mean` and
+    `std` per channel are of pixels scaled to 0..1 (empty: the training data's); weights of ours bring their own.
+    `learning_rate` is the peak: it rises during the first `warmup` part (0..1) of training, then falls along half
+    a cosine; `warmup` 0 is a plain cosine, more is one cycle. `precision` below float32 means autocast: it pays
+    on large networks. `accumulate` splits a batch into that many passes. 0 turns off `clip` (norm of the
+    gradient), `ema` (decay of the average that is kept), `label_smoothing`, `mixup` and `cutmix` (α of their Beta
+    distribution) and `erasing` (share of images). `seed` none takes the experiment's.
     """
 
     network: str
-    epochs: int
+    weights: str = ""
+    mean: tuple[float, ...] = ()
+    std: tuple[float, ...] = ()
+    seed: int | None = None
+    epochs: int = 6
     batch_size: int = 128
+    accumulate: int = 1
+    optimizer: Literal["sgd", "adamw"] = "sgd"
     learning_rate: float = 0.2
     weight_decay: float = 5e-4
     warmup: float = 0.2
-    precision: Literal["float32", "bfloat16"] = "float32"
+    precision: Literal["float32", "bfloat16", "float16"] = "float32"
+    clip: float = 0.0
+    ema: float = 0.0
+    label_smoothing: float = 0.0
+    mixup: float = 0.0
+    cutmix: float = 0.0
+    erasing: float = 0.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class TermSettings:
+    """One term of the objective: a function of training/objectives.py by name.
+
+    `weight` none is α, `temperature` none the section's. `standardize` passes both logits through logit
+    standardization first. `layers` maps module paths of the student to the teacher's, for those that compare
+    features; `adapter` is what fits the student's shape to the teacher's. `options` are the function's own numbers.
+    """
+
+    objective: str
+    weight: Value | None = None
+    temperature: Value | None = None
+    standardize: bool = False
+    layers: dict[str, str] = field(default_factory=dict)
+    adapter: Literal["convolution", "orthogonal"] = "convolution"
+    options: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)
 class ObjectiveSettings:
-    """loss = (1 − alpha)·cross-entropy + alpha·T²·KL(teacher ‖ student), T being `temperature`."""
+    """loss = (1 − alpha)·cross-entropy + Σ weight·term.
 
-    temperature: float = 4.0
-    alpha: float = 0.9
+    What becomes of a sample for which the teacher is wrong: `keep` it as it is, `drop` it from the terms, or
+    `swap` the teacher's logits of its answer and of the label. Samples of which the teacher is less sure than
+    `confidence` (its largest probability, 0..1) are left out of the terms, labelled or not.
+    """
+
+    temperature: Value = 4.0
+    alpha: Value = 0.9
+    terms: tuple[TermSettings, ...] = (TermSettings(objective="kd"),)
+    wrong_teacher: Literal["keep", "drop", "swap"] = "keep"
+    confidence: float = 0.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class EnsembleSettings:
+    """Teachers beside `teacher`, all mixed in probability space.
+
+    `weights` fixed: by `shares`, the teacher's first (none: equal); learned: those that make the validation
+    images likeliest; per_sample: by how likely each teacher finds the image's label.
+    """
+
+    members: tuple[TrainSettings, ...] = ()
+    weights: Literal["fixed", "learned", "per_sample"] = "fixed"
+    shares: tuple[float, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class SynthesisSettings:
+    """Images made from the teacher alone, for a student that may see no others; 0 `images` turns it off.
+
+    `steps` of Adam at `learning_rate` on each image; `statistics` and `smoothness` weigh the two priors.
+    """
+
+    images: int = 0
+    steps: int = 200
+    learning_rate: float = 0.1
+    statistics: float = 1.0
+    smoothness: float = 1e-3
 
 
 @dataclass(frozen=True, kw_only=True)
 class Experiment:
-    """All that decides a run. `device` auto takes the first GPU if there is one."""
+    """All that decides a run. `device` auto takes the first GPU if there is one.
+
+    `assistants` stand between teacher and student, each distilled from the one before it. `bank` stores the
+    teacher's logits for every view once, instead of asking it in every epoch.
+    """
 
     name: str
     seed: int = 0
     device: Literal["auto", "cpu", "cuda"] = "auto"
     baseline: bool = False
+    bank: bool = False
     data: DataSettings = field(default_factory=DataSettings)
     views: ViewSettings = field(default_factory=ViewSettings)
-    teacher: TrainSettings = field(default_factory=lambda: TrainSettings(network="residual", epochs=6))
-    student: TrainSettings = field(default_factory=lambda: TrainSettings(network="separable", epochs=6))
+    teacher: TrainSettings = field(default_factory=lambda: TrainSettings(network="residual"))
+    ensemble: EnsembleSettings = field(default_factory=EnsembleSettings)
+    assistants: tuple[TrainSettings, ...] = ()
+    student: TrainSettings = field(default_factory=lambda: TrainSettings(network="separable"))
     objective: ObjectiveSettings = field(default_factory=ObjectiveSettings)
+    synthesis: SynthesisSettings = field(default_factory=SynthesisSettings)
 
     def to_dict(self) -> dict[str, Any]:
         """The effective tree as plain values, as it is written to `experiment.yaml` and into the passport."""
         return dataclasses.asdict(self)
 
-
-def read_experiment(path: Path, flags: Sequence[str], environ: Mapping[str, str]) -> Experiment:
-    """The experiment of a file, with `section.key=value` flags and the environment over it.
-
-    Raises SettingsError for a file that cannot be read, an unknown key (naming the nearest) or a wrong value.
-    """
-    try:
-        file = yaml.safe_load(path.read_text()) or {}
-    except OSError as error:
-        raise SettingsError(f"{path}: cannot be read: {error.strerror}") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise SettingsError(f"{path}: not YAML: {' '.join(str(error).split())}") from None
-    if not isinstance(file, dict):
-        raise SettingsError(f"{path}: expected a mapping of settings, got {type(file).__name__}")
-    own = {key: value for key, value in environment(environ).items() if key != "handler"}
-    default = Experiment(name=path.stem).to_dict()
-    experiment = load(Experiment, default, file, *_short_names(environ), own, *map(_flag, flags))
-    _check(experiment)
-    return experiment
-
-
-def _flag(text: str) -> dict[str, Any]:
-    name, equals, value = text.partition("=")
-    if not equals or not name:
-        raise SettingsError(f"{text}: expected section.key=value")
-    return nested(name.split("."), parse(name, value))
-
-
-def _short_names(environ: Mapping[str, str]) -> list[dict[str, Any]]:
-    return [
-        nested(path.split("."), parse(name, environ[name]))
-        for name, paths in SHORT_NAMES.items()
-        if name in environ
-        for path in paths
-    ]
-
-
-def _check(experiment: Experiment) -> None:
-    """Ranges that types cannot say."""
-    objective = experiment.objective
-    rules = [
-        (re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", experiment.name), "name", "letters, digits, '.', '_' and '-'"),
-        (0 <= objective.alpha <= 1, "objective.alpha", "a number from 0 to 1"),
-        (objective.temperature > 0, "objective.temperature", "a number above 0"),
-        (experiment.data.validation > 0, "data.validation", "at least 1 image"),
-        (experiment.views.shift >= 0, "views.shift", "0 pixels or more"),
-    ]
-    for role, settings in (("teacher", experiment.teacher), ("student", experiment.student)):
-        rules += [
-            (settings.epochs >= 1, f"{role}.epochs", "at least 1"),
-            (settings.batch_size >= 2, f"{role}.batch_size", "at least 2 (BatchNorm needs two)"),
-            (settings.learning_rate > 0, f"{role}.learning_rate", "a number above 0"),
-            (0 < settings.warmup < 1, f"{role}.warmup", "a number between 0 and 1"),
-        ]
-    for holds, key, expected in rules:
-        if not holds:
-            value: Any = experiment.to_dict()
-            for part in key.split("."):
-                value = value[part]
-            raise SettingsError(f"{key}: expected {expected}, got {value!r}")
+    def roles(self) -> dict[str, TrainSettings]:
+        """The networks of this experiment by the name of their files, in the order of their training."""
+        members = {f"teacher{i}": settings for i, settings in enumerate(self.ensemble.members, 2)}
+        assistants = {f"assistant{i}": settings for i, settings in enumerate(self.assistants, 1)}
+        return {"teacher": self.teacher, **members, **assistants, "student": self.student}

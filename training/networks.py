@@ -1,5 +1,6 @@
 """Teachers and students by name: ours (handler/networks.py) and torchvision's classification models."""
 
+from collections import OrderedDict
 from collections.abc import Sequence
 
 import torch
@@ -37,10 +38,10 @@ def build(
         return build_ours(name, channels=channels, size=size, classes=classes, mean=mean, std=std)
     model = _torchvision(name, channels, classes)
     probe = torch.zeros(1, channels, *size)
-    first: list[nn.Module] = [Normalize(mean, std)]
+    layers: dict[str, nn.Module] = {"normalize": Normalize(mean, std)}
     if not _takes(model, probe):
-        first.append(Upsample(NATIVE))
-    return nn.Sequential(*first, model)
+        layers["enlarge"] = Upsample(NATIVE)
+    return nn.Sequential(OrderedDict({**layers, "model": model}))
 
 
 def _torchvision(name: str, channels: int, classes: int) -> nn.Module:

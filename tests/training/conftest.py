@@ -7,8 +7,9 @@ import torch
 import yaml
 
 from training import data
-from training.config import Experiment, read_experiment
+from training.config import Experiment
 from training.data import Dataset, Split
+from training.reading import read_experiment
 
 LABELS = ("top left", "top right", "bottom left", "bottom right")
 

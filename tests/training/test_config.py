@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 
 from handler.errors import SettingsError
-from training.config import Experiment, read_experiment
+from training.config import Experiment
+from training.reading import read_experiment
 
 EXPERIMENTS = Path("training/experiments")
 
@@ -56,7 +57,7 @@ def test_the_handlers_variables_are_not_the_experiments(file: Path) -> None:
         ("objective.temperature=0", "objective.temperature: expected a number above 0, got 0.0"),
         ("student.batch_size=1", "student.batch_size: expected at least 2"),
         ("student.learning_rate=true", "student.learning_rate: expected a number, got True"),
-        ("student.precision=half", "student.precision: expected one of float32, bfloat16, got 'half'"),
+        ("student.precision=half", "student.precision: expected one of float32, bfloat16, float16, got 'half'"),
         ("data.name=imagenet", "data.name: expected one of fashion_mnist, mnist, got 'imagenet'"),
         ("name=../escape", "name: expected letters"),
         ("student=3", "student: expected a mapping"),
