@@ -1,4 +1,4 @@
-"""The pipeline's command line: `python -m training <stage|run|data> EXPERIMENT.yaml [section.key=value …]`."""
+"""The pipeline's command line: `python -m training <stage|run|prepare|data> EXPERIMENT.yaml [section.key=value …]`."""
 
 import argparse
 import json
@@ -10,15 +10,18 @@ from pathlib import Path
 from handler.errors import DistilleryError, SettingsError
 from training.loop import Interrupted
 from training.pipeline import DistillationPipeline
+from training.processes import together
 from training.reading import read_experiment
 from training.report import read, table
 
-STAGES = ("teacher", "student", "baseline", "export", "evaluate", "bundle")
 EXAMPLE = """examples:
   python -m training run training/experiments/quickstart.yaml
   python -m training run training/experiments/quickstart.yaml student.epochs=20 baseline=true --resume
   python -m training evaluate training/experiments/quickstart.yaml
+  torchrun --nproc-per-node 2 -m training run training/experiments/quickstart.yaml
 settings: flag > DISTILLERY__SECTION__KEY > file > default; DIST_TEMP, DIST_ALPHA, DIST_EPOCHS, BATCH_SIZE too"""
+STAGE = """run: all stages; prepare: all before the student; data: only fetch it; or one by its name: teacher, student,
+baseline, export, evaluate, bundle, and where the experiment has them teacher2 …, ensemble, assistant1 …, synthesize"""
 
 
 def parser() -> argparse.ArgumentParser:
@@ -29,7 +32,7 @@ def parser() -> argparse.ArgumentParser:
         epilog=EXAMPLE,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    p.add_argument("stage", choices=["run", "data", *STAGES], help="run: all of them; data: only fetch it")
+    p.add_argument("stage", help=STAGE)
     p.add_argument("experiment", type=Path, help="an experiment file")
     p.add_argument("settings", nargs="*", metavar="section.key=value", help="settings over the file's")
     p.add_argument("--resume", action="store_true", help="carry on from the checkpoint of an interrupted run")
@@ -39,21 +42,29 @@ def parser() -> argparse.ArgumentParser:
     return p
 
 
+def run(options: argparse.Namespace) -> None:
+    """Run a stage, or several, in this process or as one of those that torchrun started."""
+    experiment = read_experiment(options.experiment, options.settings, os.environ)
+    with together(experiment.device) as (processes, device):
+        pipeline = DistillationPipeline(experiment, options.runs, options.resume, processes, device)
+        if options.stage == "data":
+            print(f"{pipeline.dataset.name}: {len(pipeline.dataset.train):,} images to train on")
+            return
+        if not processes.first:
+            logging.getLogger("training").setLevel(logging.WARNING)
+        pipeline.run(None if options.stage == "run" else options.stage)
+        if options.stage in ("run", "evaluate") and processes.first:
+            report = read(pipeline.folder)
+            print(json.dumps(report, indent=2) if options.json else table(report))
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Run the command; returns the exit status: 0 done, 1 failed, 2 wrong usage, 130 interrupted."""
     options = parser().parse_intermixed_args(arguments)
     logging.basicConfig(format="%(message)s", stream=sys.stderr)
     logging.getLogger("training").setLevel(logging.INFO)
     try:
-        experiment = read_experiment(options.experiment, options.settings, os.environ)
-        pipeline = DistillationPipeline(experiment, options.runs, options.resume)
-        if options.stage == "data":
-            print(f"{pipeline.dataset.name}: {len(pipeline.dataset.train):,} images to train on")
-            return 0
-        pipeline.run(None if options.stage == "run" else options.stage)
-        if options.stage in ("run", "evaluate"):
-            report = read(pipeline.folder)
-            print(json.dumps(report, indent=2) if options.json else table(report))
+        run(options)
     except Interrupted as error:
         print(f"{error}; the same command with --resume carries on", file=sys.stderr)
         return 130

@@ -4,6 +4,7 @@ How it is read from files, flags and the environment, and which values are refus
 """
 
 import dataclasses
+import json
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -160,10 +161,21 @@ class Experiment:
 
     def to_dict(self) -> dict[str, Any]:
         """The effective tree as plain values, as it is written to `experiment.yaml` and into the passport."""
-        return dataclasses.asdict(self)
+        plain: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(self)))
+        return plain
+
+    def teachers(self) -> dict[str, TrainSettings]:
+        """The teachers by the name of their files; one without a seed takes the experiment's and its own number."""
+        return {
+            "teacher" if i == 0 else f"teacher{i + 1}": _seeded(settings, self.seed + i)
+            for i, settings in enumerate((self.teacher, *self.ensemble.members))
+        }
 
     def roles(self) -> dict[str, TrainSettings]:
-        """The networks of this experiment by the name of their files, in the order of their training."""
-        members = {f"teacher{i}": settings for i, settings in enumerate(self.ensemble.members, 2)}
-        assistants = {f"assistant{i}": settings for i, settings in enumerate(self.assistants, 1)}
-        return {"teacher": self.teacher, **members, **assistants, "student": self.student}
+        """All networks by the name of their files, in the order of their training, each with its seed."""
+        assistants = {f"assistant{i}": _seeded(settings, self.seed) for i, settings in enumerate(self.assistants, 1)}
+        return {**self.teachers(), **assistants, "student": _seeded(self.student, self.seed)}
+
+
+def _seeded(settings: TrainSettings, seed: int) -> TrainSettings:
+    return settings if settings.seed is not None else dataclasses.replace(settings, seed=seed)

@@ -1,63 +1,46 @@
-"""DistillationPipeline: the stages in order; one whose inputs and outputs are unchanged is not run again.
+"""DistillationPipeline: an experiment as stages, from its teachers to the bundle of its student."""
 
-A stage is a function of files: its key is the digest of its settings, the data and its input files. What was
-done is kept in `stages.json`, and each stage that ran adds a line to `history.jsonl`.
-"""
-
-import contextlib
-import fcntl
 import functools
-import json
-import logging
-import time
-from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+import shutil
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 import yaml
-from torch import Tensor, nn
+from torch import nn
 
-from handler.bundle import FILES, atomic, file_digest, text_digest
+from handler.bundle import FILES, atomic, file_digest
 from handler.contract import Contract
 from handler.errors import DistilleryError
-from training import data, networks, report
+from training import data, report
 from training.artifact import save_json, save_weights, write_bundle
+from training.batches import Batches
 from training.config import Experiment, TrainSettings
 from training.export import to_onnx
-from training.loop import Batch, Job, Objective, Trainer
-from training.objectives import classification, distillation
-from training.teacher import LiveTeacher
-from training.views import Views
+from training.loop import Job, Trainer
+from training.processes import Processes
+from training.roles import SHARES, SYNTHETIC, Roles
+from training.stages import Runner, Stage
 
-log = logging.getLogger(__name__)
-PLOTS = ("curves.png", "confusion.png", "reliability.png")
-
-
-@dataclass(frozen=True)
-class Stage:
-    """One step: the settings and files it is a function of, the files it writes, and how (given its key)."""
-
-    name: str
-    settings: Any
-    inputs: tuple[str, ...]
-    outputs: tuple[str, ...]
-    run: Callable[[str], None]
-
-
-def hard(logits: Tensor, batch: Batch) -> dict[str, Tensor]:
-    """The objective of a teacher and of a baseline."""
-    return classification(logits, batch.labels)
+PREPARE = "prepare"
 
 
 class DistillationPipeline:
     """From an experiment to its bundle, under `root/NAME`."""
 
-    def __init__(self, experiment: Experiment, root: Path, resume: bool = False) -> None:
+    def __init__(
+        self,
+        experiment: Experiment,
+        root: Path,
+        resume: bool = False,
+        processes: Processes | None = None,
+        device: torch.device | None = None,
+    ) -> None:
         self.experiment, self.resume = experiment, resume
         self.folder = root / experiment.name
-        self.views = Views(**asdict(experiment.views))
+        self.processes = processes or Processes()
+        self.device = device or torch.device("cpu")
 
     @functools.cached_property
     def dataset(self) -> data.Dataset:
@@ -65,138 +48,131 @@ class DistillationPipeline:
         return data.load(self.experiment.data)
 
     @functools.cached_property
-    def device(self) -> torch.device:
-        """Where training happens."""
-        wanted = self.experiment.device
-        if wanted == "cuda" and not torch.cuda.is_available():
-            raise DistilleryError("device=cuda: no CUDA device is available here; use device=cpu or auto")
-        return torch.device("cuda" if wanted != "cpu" and torch.cuda.is_available() else "cpu")
+    def roles(self) -> Roles:
+        """The experiment's networks, by role."""
+        return Roles(self.experiment, self.dataset, self.folder, self.device, self.processes)
+
+    def load(self, role: str) -> nn.Module:
+        """The trained network of `role` (teacher, student, baseline …), on the CPU."""
+        return self.roles.load(role)
 
     def stages(self) -> list[Stage]:
         """All stages of this experiment, in order."""
         e = self.experiment
-        common = {"seed": e.seed, "views": asdict(e.views)}
-        student = {**common, "student": asdict(e.student)}
-        soft = {**student, "objective": asdict(e.objective), "precision": e.teacher.precision}
-        baseline = ("baseline.pt",) if e.baseline else ()
-        trained = ("teacher.pt", FILES.weights, *baseline, FILES.onnx)
+        teachers = [self._training_stage(role) for role in e.teachers()]
+        assistants = [self._training_stage(role) for role in e.roles() if role.startswith("assistant")]
+        files = self._teacher_files()
+        compared = (*files, FILES.weights, *(("baseline.pt",) if e.baseline else ()), FILES.onnx)
         bundled = tuple(f"bundle/{name}" for name in asdict(FILES).values())
         stages = [
-            Stage("teacher", {**common, "teacher": asdict(e.teacher)}, (), ("teacher.pt",), self._run_teacher),
-            Stage("student", soft, ("teacher.pt",), (FILES.weights,), self._run_student),
-            Stage("baseline", student, (), baseline, self._run_baseline),
+            *teachers,
+            Stage("ensemble", asdict(e.ensemble), files[:-1], (SHARES,), self._run_ensemble),
+            *assistants,
+            Stage("synthesize", [asdict(e.synthesis), e.seed], ("teacher.pt",), (SYNTHETIC,), self._run_synthesize),
+            self._training_stage("student"),
+            self._training_stage("baseline"),
             Stage("export", e.student.network, (FILES.weights,), (FILES.onnx,), self._run_export),
-            Stage("evaluate", e.to_dict(), trained, (FILES.report, *PLOTS), self._run_evaluate),
+            Stage("evaluate", e.to_dict(), compared, (FILES.report, *report.PLOTS), self._run_evaluate),
             Stage("bundle", e.to_dict(), (FILES.weights, FILES.onnx, FILES.report), bundled, self._run_bundle),
         ]
-        return [stage for stage in stages if stage.outputs]
+        left_out = {
+            "ensemble": not e.ensemble.members,
+            "synthesize": not e.synthesis.images,
+            "baseline": not e.baseline,
+        }
+        return [stage for stage in stages if not left_out.get(stage.name)]
 
     def run(self, only: str | None = None) -> None:
-        """Run every stage that is not done, or the one named (whose inputs must be there)."""
+        """Run every stage that is not done; or the one named, whose inputs must be there; or all before the student."""
         stages = {stage.name: stage for stage in self.stages()}
-        if only is not None and only not in stages:
+        if only not in (None, PREPARE, *stages):
             raise DistilleryError(f"{only}: not a stage of this experiment: it has {', '.join(stages)}")
+        names = list(stages)
+        chosen = {None: names, PREPARE: names[: names.index("student")]}.get(only, [only])
         self.folder.mkdir(parents=True, exist_ok=True)
-        with self._alone():
-            with atomic(self.folder / "experiment.yaml") as path:
-                path.write_text(yaml.safe_dump(self.experiment.to_dict(), sort_keys=False, allow_unicode=True))
-            for stage in stages.values() if only is None else [stages[only]]:
-                self._run_stage(stage)
+        runner = Runner(self.folder, self.dataset.digest, self.processes)
+        with runner.alone():
+            if self.processes.first:
+                with atomic(self.folder / "experiment.yaml") as path:
+                    path.write_text(yaml.safe_dump(self.experiment.to_dict(), sort_keys=False, allow_unicode=True))
+            for name in chosen:
+                runner.run(stages[str(name)])
+            if only == PREPARE:
+                self.roles.teacher("student", self.roles.split("student"))  # which builds the bank, if there is one
 
-    @contextlib.contextmanager
-    def _alone(self) -> Iterator[None]:
-        """Hold the run's lock: a killed script may have left its pipeline at work, and two would undo each other."""
-        with (self.folder / "lock").open("w") as lock:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                log.info("%s: another process is at work on it; waiting until it ends", self.folder)
-                fcntl.flock(lock, fcntl.LOCK_EX)
-            yield
+    def _teacher_files(self) -> tuple[str, ...]:
+        """The files that say what the teacher is."""
+        files = tuple(self.roles.file(role) for role in self.experiment.teachers())
+        return (*files, SHARES) if len(files) > 1 else files
 
-    def _run_stage(self, stage: Stage) -> None:
-        for name in stage.inputs:
-            if not (self.folder / name).is_file():
-                raise DistilleryError(f"{stage.name}: {self.folder / name} is missing; run the stages before it first")
-        inputs = {name: file_digest(self.folder / name) for name in stage.inputs}
-        key = text_digest([stage.name, stage.settings, self.dataset.digest, inputs])
-        if self._is_done(stage, key):
-            log.info("%-8s done before", stage.name)
-            return
-        start = time.perf_counter()
-        stage.run(key)
-        line = {"key": key, "outputs": {name: file_digest(self.folder / name) for name in stage.outputs}}
-        save_json({**self._record(), stage.name: line}, self.folder / "stages.json")
-        seconds = round(time.perf_counter() - start, 1)
-        with (self.folder / "history.jsonl").open("a") as stream:
-            stream.write(json.dumps({"stage": stage.name, "seconds": seconds, "time": time.time(), **line}) + "\n")
-        (self.folder / f"{stage.name}.checkpoint.pt").unlink(missing_ok=True)
-        log.info("%-8s done in %s s", stage.name, seconds)
-
-    def _is_done(self, stage: Stage, key: str) -> bool:
-        line = self._record().get(stage.name, {})
-        paths = {name: self.folder / name for name in stage.outputs}
-        present = {name: file_digest(path) for name, path in paths.items() if path.is_file()}
-        return bool(line.get("key") == key and line.get("outputs") == present)
-
-    def _record(self) -> dict[str, Any]:
-        try:
-            record: dict[str, Any] = json.loads((self.folder / "stages.json").read_text())
-        except (OSError, ValueError):
-            return {}
-        return record
-
-    def _run_teacher(self, key: str) -> None:
-        self._train("teacher", key, self.experiment.teacher, hard)
-
-    def _run_student(self, key: str) -> None:
-        objective = self.experiment.objective
-        teacher = LiveTeacher(
-            self.load("teacher").to(self.device, memory_format=torch.channels_last),  # type: ignore[call-overload]
-            getattr(torch, self.experiment.teacher.precision),
+    def _training_stage(self, role: str) -> Stage:
+        """A stage that trains one network. Its key holds what the result depends on, and nothing else."""
+        e, settings = self.experiment, self.roles.settings(role)
+        taught = self.roles.teachers_of(role)
+        decides: dict[str, Any] = {"settings": asdict(settings), "views": asdict(e.views), "given": _given(settings)}
+        if taught:
+            decides |= {"objective": e.to_dict()["objective"], "bank": e.bank}
+            decides |= {"precision": self.roles.settings(taught[0]).precision}
+        if role not in e.teachers():
+            decides |= {"labelled": e.data.labelled}
+        inputs = tuple(self.roles.file(name) for name in taught)
+        inputs += (SHARES,) if len(taught) > 1 else ()
+        inputs += (SYNTHETIC,) if role == "student" and e.synthesis.images else ()
+        return Stage(
+            role, decides, inputs, (self.roles.file(role),), functools.partial(self._run_training, role), shared=True
         )
 
-        def distil(logits: Tensor, batch: Batch) -> dict[str, Tensor]:
-            z_t = teacher(batch.images, batch.index, batch.view)
-            return distillation(logits, z_t, batch.labels, objective.temperature, objective.alpha)
+    def _run_training(self, role: str, key: str) -> None:
+        roles, settings = self.roles, self.roles.settings(role)
+        path = self.folder / roles.file(role)
+        if path.suffix == ".pt2":
+            shutil.copyfile(settings.network, path)
+            return
+        network = roles.start(role)
+        if not (settings.weights and role in self.experiment.teachers()):
+            network = self._train(role, key, network)
+        if self.processes.first:
+            save_weights(network, path)
 
-        self._train("student", key, self.experiment.student, distil)
-
-    def _run_baseline(self, key: str) -> None:
-        self._train("baseline", key, self.experiment.student, hard)
-
-    def _train(self, role: str, key: str, settings: TrainSettings, objective: Objective) -> None:
-        torch.manual_seed(self.experiment.seed)
+    def _train(self, role: str, key: str, network: nn.Module) -> nn.Module:
+        roles, settings, device = self.roles, self.roles.settings(role), self.device
+        split = roles.split(role)
+        budget = len(roles.split("student")) if role in ("student", "baseline") else len(split)
+        classes = len(self.dataset.labels)
+        # Adapters are drawn after the network: the student starts the same with and without them.
+        criterion, teacher = roles.criterion(role, network, split), roles.teacher(role, split)
         job = Job(
             role=role,
             key=key,
             settings=settings,
-            seed=self.experiment.seed,
-            objective=objective,
-            views=self.views,
+            batches=Batches(split.to(device), roles.views, settings, settings.seed or 0, classes, budget),
+            validation=self.dataset.validation.to(device),
             folder=self.folder,
+            criterion=criterion,
+            teacher=teacher,
+            device=device,
+            processes=self.processes,
         )
-        network = self._new(settings.network)
-        Trainer(network, self.dataset, job, self.device).run(self.resume)
-        save_weights(network, self.folder / f"{role}.pt")
+        return Trainer(network, job).run(self.resume)
 
-    def _new(self, name: str) -> nn.Module:
-        channels, *size = self.dataset.shape
-        mean, std = self.dataset.statistics()
-        return networks.build(
-            name, channels=channels, size=(size[0], size[1]), classes=len(self.dataset.labels), mean=mean, std=std
+    def _run_ensemble(self, key: str) -> None:
+        names = list(self.experiment.teachers())
+        save_json({"teachers": names, "shares": self.roles.find_shares()}, self.folder / SHARES)
+
+    def _run_synthesize(self, key: str) -> None:
+        from training.synthesize import synthesize
+
+        classes = len(self.dataset.labels)
+        made = synthesize(
+            self.load("teacher"),
+            self.dataset.shape,
+            classes,
+            self.experiment.synthesis,
+            self.experiment.seed,
+            self.device,
         )
-
-    def load(self, role: str) -> nn.Module:
-        """The trained network of `role` (teacher, student, baseline), on the CPU."""
-        experiment = self.experiment
-        network = self._new((experiment.teacher if role == "teacher" else experiment.student).network)
-        path = self.folder / f"{role}.pt"
-        try:
-            network.load_state_dict(torch.load(path, weights_only=True))
-        except (OSError, RuntimeError) as error:
-            raise DistilleryError(f"{path}: not the {role} of this experiment; run its stage first") from error
-        return network.eval()
+        with atomic(self.folder / SYNTHETIC) as path:
+            torch.save({"images": made.images.cpu(), "labels": made.labels.cpu()}, path)
 
     @property
     def contract(self) -> Contract:
@@ -209,9 +185,11 @@ class DistillationPipeline:
         to_onnx(self.load("student"), self.contract, self.folder / FILES.onnx)
 
     def _run_evaluate(self, key: str) -> None:
-        roles = ["teacher", "student", *(["baseline"] if self.experiment.baseline else [])]
-        trained = {role: self.load(role) for role in roles}
-        report.write(self.folder, self.experiment, self.dataset, trained, self.device)
+        names = ["teacher", "student", *(["baseline"] if self.experiment.baseline else [])]
+        trained = {role: self.load(role) for role in names}
+        files = {role: (f"{role}.pt",) for role in names} | {"teacher": self._teacher_files()}
+        sizes = {role: sum((self.folder / name).stat().st_size for name in files[role]) for role in names}
+        report.write(self.folder, self.experiment, self.dataset, trained, sizes, self.device)
 
     def _run_bundle(self, key: str) -> None:
         found = report.read(self.folder)
@@ -229,3 +207,9 @@ class DistillationPipeline:
                 "metrics": {name: found["models"]["student"][name] for name in figures},
             },
         )
+
+
+def _given(settings: TrainSettings) -> dict[str, str]:
+    """Digests of the user's own files that the settings name."""
+    names = (settings.weights, settings.network.partition(":")[0])
+    return {name: file_digest(Path(name)) for name in names if name and Path(name).is_file()}

@@ -28,7 +28,10 @@ def curves(folder: Path, roles: Sequence[str], path: Path) -> None:
     """Loss and validation accuracy by epoch, from the runs' histories."""
     with _figure(path, columns=2) as (left, right):
         for role in roles:
-            lines = [json.loads(line) for line in (folder / f"{role}.history.jsonl").read_text().splitlines()]
+            history = folder / f"{role}.history.jsonl"
+            if not history.exists():  # a teacher that came with its weights
+                continue
+            lines = [json.loads(line) for line in history.read_text().splitlines()]
             epochs = [line["epoch"] for line in lines]
             left.plot(epochs, [line["hard"] for line in lines], label=role, color=COLOURS[role])
             right.plot(epochs, [100 * line["validation_accuracy"] for line in lines], label=role, color=COLOURS[role])

@@ -16,6 +16,7 @@ import yaml
 from handler.errors import SettingsError
 from handler.settings import environment, load, nested, parse
 from training.config import EnsembleSettings, Experiment, ObjectiveSettings, TrainSettings
+from training.criterion import named
 from training.schedule import Schedule, Value, extremes
 
 SHORT_NAMES = {
@@ -66,6 +67,7 @@ def _short_names(environ: Mapping[str, str]) -> list[dict[str, Any]]:
 
 def check(experiment: Experiment) -> None:
     """Refuse values out of their range, which types cannot say, with a SettingsError that names the key."""
+    named(experiment.objective.terms)
     for holds, key, expected, value in _rules(experiment):
         if not holds:
             raise SettingsError(f"{key}: expected {expected}, got {value!r}")
@@ -85,6 +87,21 @@ def _rules(experiment: Experiment) -> Iterator[Rule]:
     yield from _objective_rules(experiment.objective)
     for role, settings in experiment.roles().items():
         yield from _train_rules(role, settings)
+        given = settings.network.endswith(".pt2") and role not in experiment.teachers()
+        yield (
+            not given,
+            f"{role}.network",
+            "a network that can be trained; an exported program can only teach",
+            settings.network,
+        )
+    features = [term.objective for term in experiment.objective.terms if term.layers]
+    single = not experiment.ensemble.members and not experiment.bank
+    yield (
+        single or not features,
+        "objective.terms",
+        "none with layers, which need one live teacher and no bank",
+        features,
+    )
     if experiment.bank:
         for key in ("mixup", "cutmix", "erasing"):
             value = getattr(experiment.student, key)

@@ -24,6 +24,7 @@ from training.export import onnx_logits, onnx_session
 from training.progress import bar
 
 VERSION = 1
+PLOTS = CURVES, CONFUSION, RELIABILITY = "curves.png", "confusion.png", "reliability.png"
 BATCHES = (1, 32)
 ROWS: tuple[tuple[str, Callable[[dict[str, Any]], str]], ...] = (
     ("accuracy, % (95 % interval)", lambda m: "{:.2f} ({:.2f}–{:.2f})".format(*_percents(m))),
@@ -41,9 +42,17 @@ ROWS: tuple[tuple[str, Callable[[dict[str, Any]], str]], ...] = (
 
 
 def write(
-    folder: Path, experiment: Experiment, dataset: Dataset, trained: dict[str, nn.Module], device: torch.device
+    folder: Path,
+    experiment: Experiment,
+    dataset: Dataset,
+    trained: dict[str, nn.Module],
+    sizes: dict[str, int],
+    device: torch.device,
 ) -> None:
-    """Evaluate the trained networks of a run, by role, and write its report and plots into `folder`."""
+    """Evaluate the trained networks of a run, by role, and write its report and plots into `folder`.
+
+    `sizes` are those of the networks' files, in bytes.
+    """
     test, session = dataset.test, onnx_session(folder / FILES.onnx)
     logits = {}
     with bar("evaluate", len(trained) + 1) as advance:
@@ -58,7 +67,7 @@ def write(
         role: {
             "network": (experiment.teacher if role == "teacher" else experiment.student).network,
             **evaluate.quality(logits[role], test.labels, dataset.labels, logits["teacher"]),
-            **_cost(network, folder / f"{role}.pt", dataset.shape),
+            **_cost(network, sizes[role], dataset.shape),
             "latency": {key.split("/")[1]: value for key, value in latencies.items() if key.startswith(role + "/")},
         }
         for role, network in trained.items()
@@ -76,9 +85,9 @@ def write(
             },
         },
     }
-    plots.curves(folder, list(trained), folder / "curves.png")
-    plots.confusion(models["student"]["confusion"], dataset.labels, folder / "confusion.png")
-    plots.reliability({role: model["reliability"] for role, model in models.items()}, folder / "reliability.png")
+    plots.curves(folder, list(trained), folder / CURVES)
+    plots.confusion(models["student"]["confusion"], dataset.labels, folder / CONFUSION)
+    plots.reliability({role: model["reliability"] for role, model in models.items()}, folder / RELIABILITY)
     save_json(report, folder / FILES.report)
 
 
@@ -133,10 +142,10 @@ def _logits(network: nn.Module, images: Tensor, device: torch.device) -> Tensor:
     return logits
 
 
-def _cost(network: nn.Module, weights: Path, shape: tuple[int, int, int]) -> dict[str, int]:
+def _cost(network: nn.Module, size: int, shape: tuple[int, int, int]) -> dict[str, int]:
     return {
         "parameters": sum(p.numel() for p in network.parameters()),
-        "size_bytes": weights.stat().st_size,
+        "size_bytes": size,
         "macs": evaluate.macs(network, shape),
     }
 

@@ -1,0 +1,63 @@
+"""One process, or several that torchrun started: each takes its part of every batch, the first one writes.
+
+torchrun --nproc-per-node 2 -m training run training/experiments/full.yaml
+"""
+
+import contextlib
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from handler.errors import DistilleryError
+
+
+@dataclass(frozen=True)
+class Processes:
+    """Which of how many this process is."""
+
+    rank: int = 0
+    count: int = 1
+
+    @property
+    def first(self) -> bool:
+        """Whether this is the one that writes."""
+        return self.rank == 0
+
+    def mean(self, values: Tensor) -> Tensor:
+        """The mean of each value over the processes."""
+        if self.count > 1:
+            dist.all_reduce(values)
+            values /= self.count
+        return values
+
+    def wait(self) -> None:
+        """Until all processes have come here."""
+        if self.count > 1:
+            dist.barrier()
+
+
+@contextlib.contextmanager
+def together(wanted: str) -> Iterator[tuple[Processes, torch.device]]:
+    """The processes that torchrun started (else this one alone) and this one's device; `wanted`: auto, cpu or cuda.
+
+    NCCL on GPUs, one each; gloo on CPUs. Raises DistilleryError when cuda is wanted and there is none.
+    """
+    if wanted == "cuda" and not torch.cuda.is_available():
+        raise DistilleryError("device=cuda: no CUDA device is available here; use device=cpu or auto")
+    gpu = wanted != "cpu" and torch.cuda.is_available()
+    count = int(os.environ.get("WORLD_SIZE", "1"))
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if gpu else torch.device("cpu")
+    if count == 1:
+        yield Processes(), device
+        return
+    if gpu:
+        torch.cuda.set_device(device)
+    dist.init_process_group("nccl" if gpu else "gloo")
+    try:
+        yield Processes(dist.get_rank(), count), device
+    finally:
+        dist.destroy_process_group()
