@@ -12,7 +12,7 @@ from torch import nn
 
 from handler.bundle import FILES, atomic, file_digest
 from handler.contract import Contract
-from handler.errors import DistilleryError
+from handler.errors import SettingsError
 from training import data, report
 from training.artifact import save_json, save_weights, write_bundle
 from training.batches import Batches
@@ -86,7 +86,7 @@ class DistillationPipeline:
         """Run every stage that is not done; or the one named, whose inputs must be there; or all before the student."""
         stages = {stage.name: stage for stage in self.stages()}
         if only not in (None, PREPARE, *stages):
-            raise DistilleryError(f"{only}: not a stage of this experiment: it has {', '.join(stages)}")
+            raise SettingsError(f"{only}: not a stage of this experiment: it has {', '.join(stages)}")
         names = list(stages)
         chosen = {None: names, PREPARE: names[: names.index("student")]}.get(only, [only])
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -171,8 +171,8 @@ class DistillationPipeline:
             self.experiment.seed,
             self.device,
         )
-        with atomic(self.folder / SYNTHETIC) as path:
-            torch.save({"images": made.images.cpu(), "labels": made.labels.cpu()}, path)
+        with atomic(self.folder / SYNTHETIC) as path, path.open("wb") as stream:
+            torch.save({"images": made.images.cpu(), "labels": made.labels.cpu()}, stream)
 
     @property
     def contract(self) -> Contract:
@@ -187,8 +187,9 @@ class DistillationPipeline:
     def _run_evaluate(self, key: str) -> None:
         names = ["teacher", "student", *(["baseline"] if self.experiment.baseline else [])]
         trained = {role: self.load(role) for role in names}
-        files = {role: (f"{role}.pt",) for role in names} | {"teacher": self._teacher_files()}
-        sizes = {role: sum((self.folder / name).stat().st_size for name in files[role]) for role in names}
+        parts = {role: [role] for role in names} | {"teacher": list(self.experiment.teachers())}
+        files = {role: [self.folder / self.roles.file(part) for part in parts[role]] for role in names}
+        sizes = {role: sum(path.stat().st_size for path in files[role]) for role in names}
         report.write(self.folder, self.experiment, self.dataset, trained, sizes, self.device)
 
     def _run_bundle(self, key: str) -> None:

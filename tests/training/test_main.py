@@ -2,15 +2,18 @@
 
 import json
 import os
+import random
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 
+from handler.bundle import file_digest
 from training.__main__ import main
 
 SMALL = ["data.train_limit=1280", "data.test_limit=200", "student.network=seed_student", "teacher.network=seed_student"]
@@ -45,33 +48,33 @@ def test_errors_are_one_line(
     assert error.count("\n") == 1
 
 
-def test_a_wrong_stage_is_wrong_usage() -> None:
-    with pytest.raises(SystemExit) as exit_:
-        main(["distil", "x.yaml"])
-    assert exit_.value.code == 2
+def test_a_wrong_stage_is_wrong_usage(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["distil", "training/experiments/fast.yaml", "--runs", str(tmp_path)]) == 2
+    assert "error: distil: not a stage of this experiment: it has teacher, student, baseline" in capsys.readouterr().err
 
 
-def wait_for(path: Path) -> None:
+def wait_until(holds: Callable[[], bool]) -> None:
     deadline = time.monotonic() + 60
-    while not path.exists() and time.monotonic() < deadline:
+    while not holds() and time.monotonic() < deadline:
         time.sleep(0.01)
-    assert path.exists()
+    assert holds()
 
 
 @pytest.mark.e2e
-def test_stopped_and_killed_and_resumed_the_student_is_the_same(tmp_path: Path) -> None:
-    """The real process gets SIGINT, then SIGKILL, while it trains: its files end as those of a run left alone."""
-    more = ("teacher.epochs=1", "student.epochs=25", "--resume")
+def test_stopped_and_killed_at_five_moments_and_resumed_the_student_is_the_same_file(tmp_path: Path) -> None:
+    """The real process gets SIGINT, then SIGKILL five times while it trains; the student's SHA-256 is that of a run
+    left alone. Each killed process has come further than the one before, so that the run ends.
+    """
+    more = ("teacher.epochs=1", "student.epochs=30", "bank=true", "--resume")
     whole = subprocess.run(command(tmp_path / "whole", *more), capture_output=True, text=True, check=False)
     assert whole.returncode == 0, whole.stderr
-    folder = tmp_path / "parts" / "x"
+    folder, chance = tmp_path / "parts" / "x", random.Random(0)
     checkpoint = folder / "student.checkpoint.pt"
-    for number, status in ((signal.SIGINT, 130), (signal.SIGKILL, -signal.SIGKILL)):
+    for number, status in [(signal.SIGINT, 130)] + [(signal.SIGKILL, -signal.SIGKILL)] * 5:
+        age = checkpoint.stat().st_mtime_ns if checkpoint.exists() else 0
         process = subprocess.Popen(command(tmp_path / "parts", *more), stderr=subprocess.PIPE, text=True)
-        wait_for(checkpoint)
-        age = checkpoint.stat().st_mtime_ns
-        while number == signal.SIGKILL and checkpoint.stat().st_mtime_ns == age and process.poll() is None:
-            time.sleep(0.01)
+        wait_until(lambda age=age: checkpoint.exists() and checkpoint.stat().st_mtime_ns > age)
+        time.sleep(chance.uniform(0, 0.4))
         process.send_signal(number)
         _, error = process.communicate(timeout=60)
         assert process.returncode == status, error
@@ -82,8 +85,46 @@ def test_stopped_and_killed_and_resumed_the_student_is_the_same(tmp_path: Path) 
     assert "teacher  done before" in again.stderr
     assert "student: resuming at epoch" in again.stderr
     assert json.loads(again.stdout)["models"]["student"]["parameters"] > 0
-    states = [torch.load(tmp_path / name / "x" / "student.pt", weights_only=True) for name in ("whole", "parts")]
-    assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
+    assert len({file_digest(tmp_path / name / "x" / "student.pt") for name in ("whole", "parts")}) == 1
+
+
+PLAIN = """
+from torch import nn
+
+def build(channels, size, classes):
+    return nn.Sequential(nn.Flatten(), nn.Linear(channels * size[0] * size[1], 32), nn.ReLU(), nn.Linear(32, classes))
+"""
+
+
+@pytest.mark.e2e
+def test_two_processes_have_the_losses_of_one(tmp_path: Path) -> None:
+    """The same global batch, a network without batch statistics; an epoch of one step shows each step's loss."""
+    (tmp_path / "plain.py").write_text(PLAIN)
+    more = [
+        *("student", "training/experiments/quickstart.yaml", "name=x", "data.train_limit=128"),
+        *(f"student.network={tmp_path}/plain.py:build", "student.epochs=50", "student.accumulate=2"),
+        *("student.mixup=0.2", "views.shift=1", "teacher.network=seed_teacher", "teacher.epochs=1"),
+    ]
+    torchrun = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--nproc-per-node",
+        "2",
+        "--rdzv-endpoint",
+        "127.0.0.1:0",
+    ]
+    losses = {}
+    for count, start in (("one", [sys.executable]), ("two", torchrun)):
+        arguments = [*more, "--runs", str(tmp_path / count)]
+        subprocess.run([sys.executable, "-m", "training", "prepare", *arguments[1:]], capture_output=True, check=True)
+        done = subprocess.run([*start, "-m", "training", *arguments], capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+        history = (tmp_path / count / "x" / "student.history.jsonl").read_text().splitlines()
+        losses[count] = torch.tensor([json.loads(line)["loss"] for line in history])
+    assert len(losses["one"]) == 50
+    assert losses["one"][-1] < losses["one"][0]
+    torch.testing.assert_close(losses["two"], losses["one"], rtol=0, atol=1e-4)
 
 
 def test_the_seeds_variables_reach_the_command(tmp_path: Path) -> None:

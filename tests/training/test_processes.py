@@ -1,0 +1,28 @@
+"""One process or several: who is first, and what is refused. Two at work: tests/training/test_main.py."""
+
+import pytest
+import torch
+
+from handler.errors import DistilleryError
+from training.processes import Processes, together
+
+
+def test_alone_one_is_first_and_its_mean_is_its_own() -> None:
+    with together("cpu") as (processes, device):
+        assert processes == Processes(rank=0, count=1)
+        assert processes.first
+        assert device == torch.device("cpu")
+        assert processes.mean(torch.tensor([1.0, 3.0])).tolist() == [1.0, 3.0]
+        processes.wait()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is one here")
+def test_cuda_where_there_is_none_is_an_error() -> None:
+    with pytest.raises(DistilleryError, match="device=cuda: no CUDA device is available here"), together("cuda"):
+        pass
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
+def test_auto_takes_the_gpu() -> None:
+    with together("auto") as (_, device):
+        assert device.type == "cuda"
