@@ -1,4 +1,4 @@
-"""The pipeline's command line: `python -m training <stage|run|prepare|data> EXPERIMENT.yaml [section.key=value …]`."""
+"""The command line of training: `python -m training <stage|run|compare|search> EXPERIMENT.yaml [key=value …]`."""
 
 import argparse
 import json
@@ -8,6 +8,8 @@ import sys
 from pathlib import Path
 
 from handler.errors import DistilleryError, SettingsError
+from training import compare, search
+from training.config import Experiment
 from training.loop import Interrupted
 from training.pipeline import DistillationPipeline
 from training.processes import together
@@ -18,10 +20,14 @@ EXAMPLE = """examples:
   python -m training run training/experiments/quickstart.yaml
   python -m training run training/experiments/quickstart.yaml student.epochs=20 baseline=true --resume
   python -m training evaluate training/experiments/quickstart.yaml
+  python -m training compare training/experiments/compare/*.yaml --seeds 5
+  python -m training search training/experiments/quickstart.yaml --minutes 30
   torchrun --nproc-per-node 2 -m training run training/experiments/quickstart.yaml
 settings: flag > DISTILLERY__SECTION__KEY > file > default; DIST_TEMP, DIST_ALPHA, DIST_EPOCHS, BATCH_SIZE too"""
-STAGE = """run: all stages; prepare: all before the student; data: only fetch it; or one by its name: teacher, student,
-baseline, export, evaluate, bundle, and where the experiment has them teacher2 …, ensemble, assistant1 …, synthesize"""
+STAGE = """run: all stages; prepare: all before the student; data: only fetch it; compare: several experiments, seed by
+seed; search: the best T, α and weights; or a stage by its name: teacher, student, baseline, export, evaluate, bundle,
+and where the experiment has them teacher2 …, ensemble, assistant1 …, synthesize"""
+WORDS = "an experiment file (compare: several, the baseline first), and settings over the file's"
 
 
 def parser() -> argparse.ArgumentParser:
@@ -33,18 +39,37 @@ def parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     p.add_argument("stage", help=STAGE)
-    p.add_argument("experiment", type=Path, help="an experiment file")
-    p.add_argument("settings", nargs="*", metavar="section.key=value", help="settings over the file's")
+    p.add_argument("words", nargs="+", metavar="EXPERIMENT.yaml | section.key=value", help=WORDS)
     p.add_argument("--resume", action="store_true", help="carry on from the checkpoint of an interrupted run")
     p.add_argument("--runs", type=Path, default=Path("runs"), help="where runs are kept (default: runs)")
-    p.add_argument("--json", action="store_true", help="print the report as JSON when done")
+    p.add_argument("--seeds", type=int, default=5, help="compare: how many seeds (default: 5)")
+    p.add_argument("--minutes", type=float, default=30, help="search: the time it may take (default: 30)")
+    p.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="compare, search: trainings at a time")
+    p.add_argument("--output", type=Path, help="compare, search: the JSON to write, .md and .png beside it")
+    p.add_argument("--json", action="store_true", help="print the result as JSON when done")
     p.add_argument("--debug", action="store_true", help="show the traceback of an error")
     return p
 
 
 def run(options: argparse.Namespace) -> None:
+    """Do what the stage names, and print its result."""
+    settings = [word for word in options.words if "=" in word]
+    files = [Path(word) for word in options.words if "=" not in word]
+    if options.stage == "compare":
+        found = compare.run(files, options.seeds, settings, options.runs, options.jobs, options.output)
+        print(json.dumps(found, indent=2) if options.json else compare.table(found))
+        return
+    if len(files) != 1:
+        raise SettingsError(f"{options.stage}: expected one experiment file, got {len(files)}")
+    if options.stage == "search":
+        found = search.run(files[0], settings, options.runs, options.minutes, options.jobs, options.output)
+        print(json.dumps(found, indent=2) if options.json else search.table(found))
+        return
+    run_stages(read_experiment(files[0], settings, os.environ), options)
+
+
+def run_stages(experiment: Experiment, options: argparse.Namespace) -> None:
     """Run a stage, or several, in this process or as one of those that torchrun started."""
-    experiment = read_experiment(options.experiment, options.settings, os.environ)
     with together(experiment.device) as (processes, device):
         pipeline = DistillationPipeline(experiment, options.runs, options.resume, processes, device)
         if options.stage == "data":

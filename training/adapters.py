@@ -35,7 +35,8 @@ class Orthogonal(nn.Module):
 
     def __init__(self, student: int, teacher: int) -> None:
         super().__init__()
-        self.project = orthogonal(nn.Linear(student, teacher, bias=False))
+        # Cayley's map: torch's default for oblong matrices turns to zeros under weight decay (and is slower).
+        self.project = orthogonal(nn.Linear(student, teacher, bias=False), orthogonal_map="cayley")
 
     def forward(self, f_s: Tensor, f_t: Tensor) -> tuple[Tensor, Tensor]:
         """Both `[N, C]`, one row a position → the same, of equal width."""
@@ -57,10 +58,10 @@ class Adapter(nn.Module):
         self.fit = ADAPTERS[kind](_rows(f_s).shape[1], _rows(f_t).shape[1])
 
     def forward(self, f_s: Tensor, f_t: Tensor) -> tuple[Tensor, Tensor]:
-        """Features of one kind `[B, …]` → rows `[N, C]` of one shape."""
-        f_s, f_t = aligned(f_s, f_t)
-        found: tuple[Tensor, Tensor] = self.fit(_rows(f_s), _rows(f_t))
-        return found
+        """Features of one kind `[B, …]` → `[B, N, C]` of one shape, N positions a sample (1 of a vector)."""
+        batch, (f_s, f_t) = len(f_s), aligned(f_s, f_t)
+        fitted_s, fitted_t = self.fit(_rows(f_s), _rows(f_t))
+        return fitted_s.unflatten(0, (batch, -1)), fitted_t.unflatten(0, (batch, -1))
 
 
 def adapters(terms: tuple[TermSettings, ...], student: dict[str, Tensor], teacher: dict[str, Tensor]) -> nn.ModuleDict:

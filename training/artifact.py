@@ -22,7 +22,8 @@ GOLDEN = 64  # payloads that every worker replays before it is ready
 
 def save_weights(network: nn.Module, path: Path) -> None:
     """The bare state dict, on the CPU and in plain layout, loadable with `weights_only=True`; same bits, same bytes."""
-    state = {name: value.detach().cpu().contiguous() for name, value in network.state_dict().items()}
+    plain = torch.contiguous_format  # `contiguous()` would leave ambiguous strides as they are
+    state = {name: value.detach().cpu().clone(memory_format=plain) for name, value in network.state_dict().items()}
     # Given a path, torch writes its name into the file.
     with atomic(path) as temporary, temporary.open("wb") as stream:
         torch.save(state, stream)

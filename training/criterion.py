@@ -45,20 +45,24 @@ class Criterion(nn.Module):
     def _term(
         self, term: TermSettings, student: Output, teacher: Output, labels: Tensor, kept: Tensor | None, progress: float
     ) -> Tensor:
-        """The term over the samples that are kept, times their share: a sample left out adds nothing to the mean."""
+        """The term over the samples that are kept, times their share: a sample left out adds nothing to the mean.
+
+        Adapters see the whole batch: their BatchNorm needs more than the one sample that may be left, and other
+        processes wait for their gradients.
+        """
         objective = find(term.objective)
+        pairs = self._pairs(term, student, teacher) if objective.reads_features else [_logits(term, student, teacher)]
         if "labels" in objective.arguments and bool((labels < 0).any()):
             kept = labels >= 0 if kept is None else kept & (labels >= 0)
         share: Tensor | float = 1.0
         if kept is not None:
             if not kept.any():
-                return student.logits.sum() * 0
-            share = kept.float().mean()
-            student, teacher, labels = student.rows(kept), teacher.rows(kept), labels[kept]
+                return sum((ours.sum() * 0 for ours, _ in pairs), torch.zeros(()))
+            share, labels = kept.float().mean(), labels[kept]
+            pairs = [(ours[kept], theirs[kept]) for ours, theirs in pairs]
         temperature = self.settings.temperature if term.temperature is None else term.temperature
         known = {"labels": labels, "temperature": at(temperature, progress)}
         given = {name: value for name, value in known.items() if name in objective.arguments}
-        pairs = self._pairs(term, student, teacher) if objective.reads_features else [_logits(term, student, teacher)]
         return share * sum((objective.function(*pair, **given, **term.options) for pair in pairs), torch.zeros(()))
 
     def _pairs(self, term: TermSettings, student: Output, teacher: Output) -> list[tuple[Tensor, Tensor]]:
@@ -84,6 +88,8 @@ def named(terms: tuple[TermSettings, ...]) -> dict[str, TermSettings]:
         if objective.reads_features and term.standardize:
             raise SettingsError(f"objective {name}: expected standardize=false: it reads no logits")
         known = [option for option in objective.arguments if option not in ("labels", "temperature")]
+        if term.options and not known:
+            raise SettingsError(f"objective {name}: expected no options, got {', '.join(term.options)}")
         for option in term.options:
             if option not in known:
                 raise SettingsError(unknown(f"option of {name}", option, known))

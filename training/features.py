@@ -17,10 +17,6 @@ class Output:
     logits: Tensor
     features: dict[str, Tensor] = field(default_factory=dict)
 
-    def rows(self, kept: Tensor) -> "Output":
-        """The samples where `kept`, bool `[B]`, is true."""
-        return Output(self.logits[kept], {path: feature[kept] for path, feature in self.features.items()})
-
 
 class Features:
     """A context in which the outputs of named modules are gathered; its hooks are gone afterwards.
@@ -50,9 +46,16 @@ class Features:
 
 
 def forward(network: nn.Module, images: Tensor, paths: Iterable[str] = ()) -> Output:
-    """What `network` says of uint8 or float `[B, C, H, W]`, with the outputs of the modules at `paths`."""
+    """What `network` says of uint8 or float `[B, C, H, W]`, with the outputs of the modules at `paths`.
+
+    Raises SettingsError for a path that Features refuses, and for a module that the network has but never calls.
+    """
+    paths = tuple(paths)
     with Features(network, paths) as found:
         logits = network(images)
+    for path in paths:
+        if path not in found:
+            raise SettingsError(f"layer {path}: expected one that the network calls, but it never does")
     return Output(logits.float(), {path: feature.float() for path, feature in found.items()})
 
 
@@ -60,6 +63,7 @@ def _gather(found: dict[str, Tensor], path: str) -> Callable[[nn.Module, object,
     def hook(_module: nn.Module, _inputs: object, output: object) -> None:
         if not isinstance(output, Tensor):
             raise SettingsError(f"layer {path}: expected one that returns a tensor, got {type(output).__name__}")
-        found[path] = output
+        # A copy: what follows may work in place, as torchvision's ReLU does.
+        found[path] = output.clone()
 
     return hook

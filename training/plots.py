@@ -4,6 +4,7 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -68,6 +69,22 @@ def reliability(bins: Mapping[str, Mapping[str, Sequence[float]]], path: Path) -
         axes.set(xlabel="confidence", ylabel="accuracy", title="reliability (area = share of images)", xlim=(0, 1))
         axes.grid(alpha=0.3)
         axes.legend(loc="upper left")
+
+
+def differences(found: Mapping[str, Mapping[str, Any]], baseline: str, path: Path) -> None:
+    """Mean differences of accuracy to the baseline, by name, and their 95 % intervals where there are any."""
+    with _figure(path) as (axes,):
+        axes.axvline(0, color=COLOURS["baseline"], linestyle=":", label=baseline)
+        for place, difference in enumerate(found.values()):
+            mean = difference["mean"]
+            low, high = difference["interval_95"] or (mean, mean)
+            axes.plot([100 * low, 100 * high], [place, place], color=COLOURS["student"], linewidth=2)
+            axes.plot(100 * mean, place, "o", color=COLOURS["student"])
+        axes.set_yticks(range(len(found)), list(found))
+        axes.set_ylim(max(len(found), 1) - 0.5, -0.5)  # from top to bottom
+        axes.set(xlabel="difference of accuracy, points (95 % interval)", title="on the same seeds")
+        axes.grid(axis="x", alpha=0.3)
+        axes.legend()
 
 
 def _ink(count: int, largest: int) -> str:

@@ -19,7 +19,7 @@ from handler.bundle import FILES
 from training import evaluate, plots
 from training.artifact import save_json, versions
 from training.config import Experiment
-from training.data import Dataset
+from training.data import Dataset, Split
 from training.export import onnx_logits, onnx_session
 from training.progress import bar
 
@@ -75,20 +75,25 @@ def write(
     report = {
         **_circumstances(experiment, dataset),
         "models": models,
-        "engines": {
-            "eager": {"accuracy": models["student"]["accuracy"]},
-            "onnx": {
-                "accuracy": evaluate.accuracy(exported, test.labels),
-                "agreement_with_eager": evaluate.agreement(exported, logits["student"]),
-                "probability_difference_max": _distance(exported, logits["student"]),
-                "size_bytes": (folder / FILES.onnx).stat().st_size,
-            },
-        },
+        "engines": _engines(exported, logits["student"], test, (folder / FILES.onnx).stat().st_size),
     }
     plots.curves(folder, list(trained), folder / CURVES)
     plots.confusion(models["student"]["confusion"], dataset.labels, folder / CONFUSION)
     plots.reliability({role: model["reliability"] for role, model in models.items()}, folder / RELIABILITY)
     save_json(report, folder / FILES.report)
+
+
+def _engines(exported: Tensor, eager: Tensor, test: Split, size: int) -> dict[str, Any]:
+    """How the exported student, of `size` bytes, answers beside the eager one."""
+    return {
+        "eager": {"accuracy": evaluate.accuracy(eager, test.labels)},
+        "onnx": {
+            "accuracy": evaluate.accuracy(exported, test.labels),
+            "agreement_with_eager": evaluate.agreement(exported, eager),
+            "probability_difference_max": _distance(exported, eager),
+            "size_bytes": size,
+        },
+    }
 
 
 def _circumstances(experiment: Experiment, dataset: Dataset) -> dict[str, Any]:

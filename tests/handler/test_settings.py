@@ -1,6 +1,6 @@
 """The handler's settings, from YAML and from the environment."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
@@ -12,6 +12,7 @@ from handler.settings import CacheSettings, HandlerSettings, environment, load
 def test_defaults_and_what_wins_over_them() -> None:
     found = load(HandlerSettings, {"threads": 2, "cache": {"ttl_s": 5}}, {"cache": {"entries": 7}}, {"threads": 3})
     assert found == HandlerSettings(threads=3, cache=CacheSettings(entries=7, ttl_s=5.0))
+    assert load(HandlerSettings, {"engine": "onnx"}) == HandlerSettings(engine="onnx")
 
 
 def test_the_environment_is_a_tree_of_yaml_values() -> None:
@@ -52,6 +53,81 @@ def test_optional_values_and_lists() -> None:
     assert load(Other, {"maybe": 3}) == Other(maybe=3)
     with pytest.raises(SettingsError, match=r"numbers\[1\]: expected a number"):
         load(Other, {"numbers": [1, "x"]})
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ramp:
+    end: float
+    start: float = 0.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Unions:
+    value: float | Ramp = 1.0
+    perhaps: float | Ramp | None = None
+    section: Ramp | None = None
+    count: int | None = None
+    shares: dict[str, float] = field(default_factory=dict)
+    paths: dict[str, str] = field(default_factory=dict)
+    ramps: tuple[float | Ramp, ...] = ()
+
+
+@pytest.mark.parametrize(
+    ("tree", "expected"),
+    [
+        ({"value": 3}, Unions(value=3.0)),
+        ({"value": "1e-3"}, Unions(value=0.001)),
+        ({"value": {"end": "2"}}, Unions(value=Ramp(end=2.0))),
+        ({"perhaps": None}, Unions(perhaps=None)),
+        ({"perhaps": 0}, Unions(perhaps=0.0)),
+        ({"perhaps": {"end": 2, "start": 1}}, Unions(perhaps=Ramp(end=2.0, start=1.0))),
+        ({"section": None}, Unions()),
+        ({"section": {"end": 1}}, Unions(section=Ramp(end=1.0))),
+        ({"shares": {"a": 1, "b": "1e-1", 3: 2}}, Unions(shares={"a": 1.0, "b": 0.1, "3": 2.0})),
+        ({"paths": {"stem.0": "layer1", 4: "layer2"}}, Unions(paths={"stem.0": "layer1", "4": "layer2"})),
+        ({"ramps": [1, {"end": 2}]}, Unions(ramps=(1.0, Ramp(end=2.0)))),
+    ],
+    ids=str,
+)
+def test_choices_and_mappings(tree: dict[str, Any], expected: Unions) -> None:
+    found = load(Unions, tree)
+    assert found == expected
+    for name in ("value", "perhaps"):
+        assert not isinstance(getattr(found, name), int)  # a number has widened
+
+
+@pytest.mark.parametrize(
+    ("tree", "text"),
+    [
+        ({"value": None}, "value: expected a number, got None"),
+        ({"value": "warm"}, "value: expected a number, got 'warm'"),
+        ({"value": True}, "value: expected a number, got True"),
+        ({"value": [1]}, r"value: expected a number, got \[1\]"),
+        ({"value": {"end": 1, "begin": 2}}, r"unknown setting 'value\.begin': did you mean 'value\.\w+'"),
+        ({"value": {"start": 1}}, "value.end: a value is required"),
+        ({"value": {"end": "x"}}, "value.end: expected a number, got 'x'"),
+        ({"perhaps": {"end": None}}, "perhaps.end: expected a number, got None"),
+        ({"section": 5}, "section: expected a mapping of settings, got 5"),
+        ({"count": {"end": 1}}, "count: expected int, got {'end': 1}"),
+        ({"count": 1.5}, "count: expected int, got 1.5"),
+        ({"shares": {"a": "x"}}, "shares.a: expected a number, got 'x'"),
+        ({"shares": 5}, "shares: expected dict, got 5"),
+        ({"shares": ["a"]}, r"shares: expected dict, got \['a'\]"),
+        ({"paths": {"a": 3}}, "paths.a: expected str, got 3"),
+        ({"ramps": [1, {"stop": 2}]}, r"unknown setting 'ramps\[1\]\.stop'"),
+    ],
+    ids=str,
+)
+def test_choices_and_mappings_that_cannot_be_used_are_named(tree: dict[str, Any], text: str) -> None:
+    with pytest.raises(SettingsError, match=f"^{text}"):
+        load(Unions, tree)
+
+
+def test_a_later_source_takes_the_place_of_a_number_and_adds_to_a_section() -> None:
+    assert load(Unions, {"value": 3}, {"value": {"end": 1}}) == Unions(value=Ramp(end=1.0))
+    assert load(Unions, {"value": {"end": 1}}, {"value": 3}) == Unions(value=3.0)
+    assert load(Unions, {"value": {"end": 1}}, {"value": {"start": 5}}) == Unions(value=Ramp(end=1.0, start=5.0))
+    assert load(Unions, {"shares": {"a": 1}}, {"shares": {"b": 2}}) == Unions(shares={"a": 1.0, "b": 2.0})
 
 
 def test_a_source_that_is_no_mapping_is_an_error() -> None:

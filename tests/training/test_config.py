@@ -58,7 +58,7 @@ def test_the_handlers_variables_are_not_the_experiments(file: Path) -> None:
         ("student.batch_size=1", "student.batch_size: expected at least 2"),
         ("student.learning_rate=true", "student.learning_rate: expected a number, got True"),
         ("student.precision=half", "student.precision: expected one of float32, bfloat16, float16, got 'half'"),
-        ("data.name=imagenet", "data.name: expected one of fashion_mnist, mnist, got 'imagenet'"),
+        ("data.name=imagenet", "data.name: expected one of fashion_mnist, mnist, cifar10, folder, got 'imagenet'"),
         ("name=../escape", "name: expected letters"),
         ("student=3", "student: expected a mapping"),
         ("student", "student: expected section.key=value"),

@@ -1,127 +1,64 @@
-"""Data: found, verified, split the same way for ever."""
+"""Data: split the same way for ever, whatever it is."""
 
-import gzip
 import hashlib
-import shutil
-from pathlib import Path
+from dataclasses import replace
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
 
-from training import data
+from training import data, sources, splits
 from training.config import DataSettings
-from training.data import SOURCES, DataError, Source, load, stratified
+from training.data import DataError, Dataset, Split, load, partially_labelled, stratified
+from training.sources import Published
+
+LABELS = torch.arange(40) % 2
+FOUND = Published(
+    labels=("even", "odd"),
+    train=Split(torch.arange(240, dtype=torch.uint8).view(40, 1, 2, 3), LABELS),
+    test=Split(torch.arange(24, dtype=torch.uint8).view(4, 1, 2, 3), LABELS[:4]),
+    digests=("a", "b"),
+)
 
 
-def idx(shape: tuple[int, ...], values: bytes) -> bytes:
-    header = bytes([0, 0, 8, len(shape)]) + b"".join(n.to_bytes(4, "big") for n in shape)
-    return header + values
+@pytest.fixture(autouse=True)
+def _found(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Forty images of two classes in the place of MNIST."""
+    real = sources.obtain
+    monkeypatch.setattr(sources, "obtain", lambda name, folder: FOUND if name == "mnist" else real(name, folder))
 
 
-FILES = {
-    "train-images-idx3-ubyte": idx((40, 2, 3), bytes(range(240))),
-    "train-labels-idx1-ubyte": idx((40,), bytes(i % 2 for i in range(40))),
-    "t10k-images-idx3-ubyte": idx((4, 2, 3), bytes(range(24))),
-    "t10k-labels-idx1-ubyte": idx((4,), bytes([0, 1, 0, 1])),
-}
+def settings(validation: int = 10, train_limit: int = 0, test_limit: int = 0) -> DataSettings:
+    return DataSettings(name="mnist", validation=validation, train_limit=train_limit, test_limit=test_limit)
 
 
-@pytest.fixture
-def tiny(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A data set of forty images of two classes in the place of MNIST, as four plain IDX files."""
-    digests = {name: hashlib.sha256(content).hexdigest() for name, content in FILES.items()}
-    source = Source(title="Tiny", torchvision="MNIST", debian=None, labels=("even", "odd"), sha256=digests)
-    monkeypatch.setitem(SOURCES, "mnist", source)
-    folder = tmp_path / "mnist"
-    folder.mkdir()
-    for name, content in FILES.items():
-        (folder / name).write_bytes(content)
-    return folder
-
-
-def settings(folder: Path, **more: int) -> DataSettings:
-    return DataSettings(name="mnist", root=str(folder.parent), validation=10, **more)
-
-
-@pytest.mark.parametrize("zipped", [False, True])
-def test_idx_files_plain_or_gzipped(tiny: Path, zipped: bool) -> None:
-    if zipped:
-        for path in list(tiny.iterdir()):
-            path.with_name(path.name + ".gz").write_bytes(gzip.compress(path.read_bytes()))
-            path.unlink()
-    dataset = load(settings(tiny))
-    assert dataset.shape == (1, 2, 3)
-    assert (len(dataset.train), len(dataset.validation), len(dataset.test)) == (30, 10, 4)
-    assert dataset.test.images[1].flatten().tolist() == [6, 7, 8, 9, 10, 11]
-    assert dataset.test.labels.tolist() == [0, 1, 0, 1]
-    assert dataset.labels == ("even", "odd")
-
-
-def test_validation_is_held_out_of_training_and_nothing_is_lost(tiny: Path) -> None:
-    dataset = load(settings(tiny))
+def test_validation_is_held_out_of_training_and_nothing_is_lost() -> None:
+    dataset = load(settings())
     parts = [{bytes(image.flatten().tolist()) for image in part.images} for part in (dataset.train, dataset.validation)]
+    assert (len(dataset.train), len(dataset.validation), len(dataset.test)) == (30, 10, 4)
     assert not parts[0] & parts[1]
     assert len(parts[0] | parts[1]) == 40
     assert dataset.validation.labels.bincount().tolist() == [5, 5]
+    assert dataset.labels == ("even", "odd")
+    assert dataset.shape == (1, 2, 3)
 
 
-def test_a_damaged_file_is_refused_by_name(tiny: Path) -> None:
-    path = tiny / "t10k-images-idx3-ubyte"
-    path.write_bytes(path.read_bytes()[:-1] + b"!")
-    with pytest.raises(DataError, match="t10k-images-idx3-ubyte: damaged") as caught:
-        load(settings(tiny))
-    assert "\n" not in str(caught.value)
-
-
-def test_a_truncated_gzip_is_refused(tiny: Path) -> None:
-    path = tiny / "t10k-labels-idx1-ubyte"
-    path.with_name(path.name + ".gz").write_bytes(gzip.compress(path.read_bytes())[:-9])
-    with pytest.raises(DataError, match="damaged"):
-        load(settings(tiny))
-
-
-def test_limits_shorten_and_change_the_digest(tiny: Path) -> None:
-    short = load(settings(tiny, train_limit=8, test_limit=3))
+def test_limits_shorten_and_change_the_digest() -> None:
+    short = load(settings(train_limit=8, test_limit=3))
     assert (len(short.train), len(short.validation), len(short.test)) == (8, 8, 3)
-    assert short.digest != load(settings(tiny)).digest
+    assert short.digest != load(settings()).digest
 
 
-def test_the_places_are_tried_in_order(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The folder is empty and the download fails: the next place is asked, and its files land in the folder whole."""
-    spare = tiny.parent / "spare"
-    tiny.rename(spare)
-    asked = []
-
-    def download(source: Source, folder: Path) -> None:
-        asked.append("torchvision")
-        raise OSError("no network")
-
-    def debian(source: Source, folder: Path) -> None:
-        asked.append("debian")
-        shutil.copytree(spare, folder)
-
-    monkeypatch.setattr(data, "_download", download)
-    monkeypatch.setattr(data, "_fetch_debian", debian)
-    assert len(load(settings(tiny)).train) == 30
-    assert asked == ["torchvision", "debian"]
+def test_the_digest_is_that_of_runs_published_before() -> None:
+    assert load(settings()).digest == hashlib.sha256(b"a/b/10/0/0").hexdigest()
 
 
-def test_nowhere_to_be_had_is_one_line_with_the_remedy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(source: Source, folder: Path) -> None:
-        raise OSError("no\nnetwork")
-
-    monkeypatch.setattr(data, "_download", fail)
-    with pytest.raises(DataError, match="could not be fetched") as caught:
-        load(DataSettings(name="mnist", root=str(tmp_path)))
-    assert "\n" not in str(caught.value)
-    assert "train-images-idx3-ubyte" in str(caught.value)
-
-
-def test_a_failed_fetch_leaves_nothing(tmp_path: Path) -> None:
-    with pytest.raises(OSError, match="boom"), data._filled(tmp_path / "x" / "mnist") as folder:
-        (folder / "train-images-idx3-ubyte").write_bytes(b"half")
-        raise OSError("boom")
-    assert list((tmp_path / "x").iterdir()) == []
+def test_how_many_labels_are_known_is_not_the_data_sets_affair() -> None:
+    plain, partly = load(settings()), load(replace(settings(), labelled=4))
+    assert plain.digest == partly.digest
+    assert partly.train.labels.equal(plain.train.labels)
 
 
 def test_stratified_is_fixed_for_ever() -> None:
@@ -131,21 +68,89 @@ def test_stratified_is_fixed_for_ever() -> None:
     assert chosen.tolist() == sorted(even + odd)
 
 
-def test_too_many_held_out_is_an_error(tiny: Path) -> None:
-    with pytest.raises(DataError, match="validation=40"):
-        load(DataSettings(name="mnist", root=str(tiny.parent), validation=40))
+@given(st.lists(st.integers(0, 3), min_size=8, max_size=80), st.integers(0, 30))
+def test_stratified_takes_equally_many_or_says_how_many_can_be_had(values: list[int], count: int) -> None:
+    labels = torch.tensor(values)
+    sizes = labels.bincount(minlength=4)
+    share = [count // 4 + (k < count % 4) for k in range(4)]
+    if all(wanted < size for wanted, size in zip(share, sizes.tolist(), strict=True)):
+        assert labels[stratified(labels, count, 4)].bincount(minlength=4).tolist() == share
+        return
+    with pytest.raises(DataError, match=f"data.validation={count}: class ") as caught:
+        stratified(labels, count, 4)
+    if "set data.validation=" in str(caught.value):
+        most = int(str(caught.value).split("set data.validation=")[1].split()[0])
+        assert len(stratified(labels, most, 4)) == most
 
 
-def test_statistics_are_those_of_the_training_pixels(tiny: Path) -> None:
-    dataset = load(settings(tiny))
+def test_too_many_held_out_is_an_error() -> None:
+    with pytest.raises(DataError, match=r"validation=40: .* set data.validation=38 or less"):
+        load(settings(40))
+
+
+def split(labels: Tensor) -> Split:
+    return Split(torch.arange(len(labels), dtype=torch.uint8).view(-1, 1, 1, 1), labels)
+
+
+@given(st.lists(st.integers(0, 2), max_size=60), st.integers(0, 70))
+def test_partially_labelled_keeps_equally_many_labels_as_far_as_they_go(values: list[int], count: int) -> None:
+    whole = split(torch.tensor(values, dtype=torch.int64))
+    known = partially_labelled(whole, count, 3)
+    assert known.images is whole.images
+    kept = known.labels >= 0
+    assert int(kept.sum()) == min(count, len(whole))
+    assert known.labels[kept].equal(whole.labels[kept])
+    assert (known.labels[~kept] == -1).all()
+    had, got = (part.bincount(minlength=3).tolist() for part in (whole.labels, known.labels[kept]))
+    for mine, size in zip(got, had, strict=True):
+        assert mine == size or mine >= max(got) - 1
+
+
+def test_partially_labelled_leaves_its_split_as_it_was() -> None:
+    whole = split(LABELS.clone())
+    partially_labelled(whole, 0, 2)
+    assert whole.labels.equal(LABELS)
+
+
+def test_more_labels_contain_the_fewer() -> None:
+    few, more = (partially_labelled(split(LABELS), count, 2).labels >= 0 for count in (10, 20))
+    assert (more & few).equal(few)
+
+
+def test_thinned_goes_in_even_steps() -> None:
+    assert splits.thinned(10, 5).tolist() == [0, 2, 4, 6, 8]
+    assert splits.thinned(10, 4).tolist() == [0, 2, 5, 7]
+    assert splits.thinned(3, 0).tolist() == splits.thinned(3, 9).tolist() == [0, 1, 2]
+
+
+def colours(count: int) -> Dataset:
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randint(0, 256, (count, 3, 5, 7), generator=generator, dtype=torch.uint8)
+    images[:, 1] //= 3
+    train = Split(images, torch.zeros(count, dtype=torch.int64))
+    return Dataset(name="x", labels=("a",), train=train, validation=train, test=train, digest="")
+
+
+@pytest.mark.parametrize("whole", [2**26, 700])
+def test_statistics_are_those_of_the_training_pixels(whole: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Taken at once, and part by part: 700 pixels are six images and a bit."""
+    monkeypatch.setattr(splits, "WHOLE", whole)
+    dataset = colours(50)
+    pixels = dataset.train.images.double().transpose(0, 1).flatten(1) / 255
     mean, std = dataset.statistics()
-    pixels = dataset.train.images.double() / 255
-    assert mean == pytest.approx([pixels.mean().item()], rel=1e-5)
-    assert std == pytest.approx([pixels.std().item()], rel=1e-5)
+    assert mean == pytest.approx(pixels.mean(1).tolist(), rel=1e-5)
+    assert std == pytest.approx(pixels.std(1).tolist(), rel=1e-5)
+
+
+def test_statistics_of_small_sets_keep_their_bits() -> None:
+    """The normalisation of published runs was computed so."""
+    dataset = colours(20)
+    pixels = dataset.train.images.transpose(0, 1).flatten(1).float() / 255
+    assert dataset.statistics() == (pixels.mean(1).tolist(), pixels.std(1).tolist())
 
 
 def test_the_real_fashion_mnist() -> None:
-    dataset = load(DataSettings())
+    dataset = data.load(DataSettings())
     assert (len(dataset.train), len(dataset.validation), len(dataset.test)) == (55_000, 5_000, 10_000)
     assert dataset.test.labels.bincount().tolist() == [1000] * 10
     assert dataset.validation.labels.bincount().tolist() == [500] * 10

@@ -1,5 +1,6 @@
 """The command line: exit status, one-line errors, interruption and resumption of the real process."""
 
+import functools
 import json
 import os
 import random
@@ -53,6 +54,10 @@ def test_a_wrong_stage_is_wrong_usage(tmp_path: Path, capsys: pytest.CaptureFixt
     assert "error: distil: not a stage of this experiment: it has teacher, student, baseline" in capsys.readouterr().err
 
 
+def is_newer(path: Path, age: int) -> bool:
+    return path.exists() and path.stat().st_mtime_ns > age
+
+
 def wait_until(holds: Callable[[], bool]) -> None:
     deadline = time.monotonic() + 60
     while not holds() and time.monotonic() < deadline:
@@ -73,7 +78,7 @@ def test_stopped_and_killed_at_five_moments_and_resumed_the_student_is_the_same_
     for number, status in [(signal.SIGINT, 130)] + [(signal.SIGKILL, -signal.SIGKILL)] * 5:
         age = checkpoint.stat().st_mtime_ns if checkpoint.exists() else 0
         process = subprocess.Popen(command(tmp_path / "parts", *more), stderr=subprocess.PIPE, text=True)
-        wait_until(lambda age=age: checkpoint.exists() and checkpoint.stat().st_mtime_ns > age)
+        wait_until(functools.partial(is_newer, checkpoint, age))
         time.sleep(chance.uniform(0, 0.4))
         process.send_signal(number)
         _, error = process.communicate(timeout=60)
