@@ -22,6 +22,7 @@ from training.loop import Job, Trainer
 from training.processes import Processes
 from training.roles import SHARES, SYNTHETIC, Roles
 from training.stages import Runner, Stage
+from training.synthesize import synthesize
 
 PREPARE = "prepare"
 
@@ -62,13 +63,14 @@ class DistillationPipeline:
         teachers = [self._training_stage(role) for role in e.teachers()]
         assistants = [self._training_stage(role) for role in e.roles() if role.startswith("assistant")]
         files = self._teacher_files()
+        made_by = [asdict(e.synthesis), asdict(e.views), e.teacher.precision, e.seed]
         compared = (*files, FILES.weights, *(("baseline.pt",) if e.baseline else ()), FILES.onnx)
         bundled = tuple(f"bundle/{name}" for name in asdict(FILES).values())
         stages = [
             *teachers,
             Stage("ensemble", asdict(e.ensemble), files[:-1], (SHARES,), self._run_ensemble),
             *assistants,
-            Stage("synthesize", [asdict(e.synthesis), e.seed], ("teacher.pt",), (SYNTHETIC,), self._run_synthesize),
+            Stage("synthesize", made_by, files, (SYNTHETIC,), self._run_synthesize),
             self._training_stage("student"),
             self._training_stage("baseline"),
             Stage("export", e.student.network, (FILES.weights,), (FILES.onnx,), self._run_export),
@@ -160,16 +162,16 @@ class DistillationPipeline:
         save_json({"teachers": names, "shares": self.roles.find_shares()}, self.folder / SHARES)
 
     def _run_synthesize(self, key: str) -> None:
-        from training.synthesize import synthesize
-
-        classes = len(self.dataset.labels)
+        roles, settings = self.roles, self.experiment.synthesis
         made = synthesize(
             self.load("teacher"),
             self.dataset.shape,
-            classes,
-            self.experiment.synthesis,
+            len(self.dataset.labels),
+            settings,
             self.experiment.seed,
             self.device,
+            views=roles.views,
+            precision=getattr(torch, roles.settings("teacher").precision),
         )
         with atomic(self.folder / SYNTHETIC) as path, path.open("wb") as stream:
             torch.save({"images": made.images.cpu(), "labels": made.labels.cpu()}, stream)

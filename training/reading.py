@@ -84,6 +84,15 @@ def _rules(experiment: Experiment) -> Iterator[Rule]:
     yield min(data.height, data.width) > 0, "data.height, data.width", "1 pixel or more", (data.height, data.width)
     yield views.shift >= 0, "views.shift", "0 pixels or more", views.shift
     yield from _ensemble_rules(experiment.ensemble)
+    made = experiment.synthesis
+    for key, holds, expected in (
+        ("images", made.images >= 0, "0 or more"),
+        ("steps", made.steps >= 1, "at least 1"),
+        ("learning_rate", made.learning_rate > 0, "a number above 0"),
+        ("statistics", made.statistics >= 0, "a number from 0 up"),
+        ("smoothness", made.smoothness >= 0, "a number from 0 up"),
+    ):
+        yield holds, f"synthesis.{key}", expected, getattr(made, key)
     yield from _objective_rules(experiment.objective)
     for role, settings in experiment.roles().items():
         yield from _train_rules(role, settings)

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 
+from handler.bundle import file_digest
 from handler.errors import DistilleryError, SettingsError
 from training.bank import Bank
 from training.config import Experiment
@@ -226,3 +227,14 @@ def test_key_of_a_teacher_is_not_the_students(experiment: Experiment, tmp_path: 
     ]
     assert stages[0]["teacher"] == stages[1]["teacher"]
     assert stages[0]["student"] != stages[1]["student"]
+
+
+def test_a_student_may_see_synthesized_images_alone(experiment: Experiment, tmp_path: Path) -> None:
+    wanted = changed(experiment, synthesis={"images": 64, "steps": 2}, objective={"alpha": 1.0}, bank=True)
+    done = run(wanted, tmp_path)
+    assert ran(done)[:3] == ["teacher", "synthesize", "student"]
+    made = torch.load(done.folder / "synthetic.pt", weights_only=True)
+    assert made["images"].shape == (64, 1, 8, 8)
+    assert torch.equal(done.roles.split("student").images, made["images"])
+    header = json.loads(next((tmp_path / "banks").glob("*.json")).read_text())
+    assert header["source"]["data"] == file_digest(done.folder / "synthetic.pt")
