@@ -65,7 +65,13 @@ class Adapter(nn.Module):
 
 
 def adapters(terms: tuple[TermSettings, ...], student: dict[str, Tensor], teacher: dict[str, Tensor]) -> nn.ModuleDict:
-    """One adapter for each pair of layers of a hint, by `pair_name`; the features are those of a probe batch."""
+    """One adapter for each pair of layers of a hint, by `pair_name`; the features are those of a probe batch.
+
+    Raises SettingsError for a pair that two hints share, and for one that no adapter fits.
+    """
+    pairs = [pair for term in terms if term.objective == "hint" for pair in term.layers.items()]
+    if twice := next((pair for pair in pairs if pairs.count(pair) > 1), None):
+        raise SettingsError(f"hint: expected each pair of layers once, got {': '.join(twice)} twice")
     return nn.ModuleDict(
         {
             pair_name(path_s, path_t): Adapter(term.adapter, student[path_s], teacher[path_t])

@@ -15,7 +15,7 @@ import yaml
 
 from handler.errors import SettingsError
 from handler.settings import environment, load, nested, parse
-from training.config import EnsembleSettings, Experiment, ObjectiveSettings, TrainSettings
+from training.config import EnsembleSettings, Experiment, ObjectiveSettings, SynthesisSettings, TrainSettings
 from training.criterion import named
 from training.schedule import Schedule, Value, extremes
 
@@ -84,15 +84,7 @@ def _rules(experiment: Experiment) -> Iterator[Rule]:
     yield min(data.height, data.width) > 0, "data.height, data.width", "1 pixel or more", (data.height, data.width)
     yield views.shift >= 0, "views.shift", "0 pixels or more", views.shift
     yield from _ensemble_rules(experiment.ensemble)
-    made = experiment.synthesis
-    for key, holds, expected in (
-        ("images", made.images >= 0, "0 or more"),
-        ("steps", made.steps >= 1, "at least 1"),
-        ("learning_rate", made.learning_rate > 0, "a number above 0"),
-        ("statistics", made.statistics >= 0, "a number from 0 up"),
-        ("smoothness", made.smoothness >= 0, "a number from 0 up"),
-    ):
-        yield holds, f"synthesis.{key}", expected, getattr(made, key)
+    yield from _synthesis_rules(experiment.synthesis)
     yield from _objective_rules(experiment.objective)
     for role, settings in experiment.roles().items():
         yield from _train_rules(role, settings)
@@ -121,6 +113,18 @@ def _ensemble_rules(ensemble: EnsembleSettings) -> Iterator[Rule]:
     shares, teachers = ensemble.shares, 1 + len(ensemble.members)
     right = len(shares) in (0, teachers) and all(share >= 0 for share in shares) and (not shares or sum(shares) > 0)
     yield right, "ensemble.shares", f"one number for each of the {teachers} teachers, or none", shares
+
+
+def _synthesis_rules(synthesis: SynthesisSettings) -> Iterator[Rule]:
+    rules = [
+        ("images", synthesis.images >= 0, "0 or more"),
+        ("steps", synthesis.steps >= 1, "at least 1"),
+        ("learning_rate", synthesis.learning_rate > 0, "a number above 0"),
+        ("statistics", synthesis.statistics >= 0, "a number from 0 up"),
+        ("smoothness", synthesis.smoothness >= 0, "a number from 0 up"),
+    ]
+    for key, holds, expected in rules:
+        yield holds, f"synthesis.{key}", expected, getattr(synthesis, key)
 
 
 def _objective_rules(objective: ObjectiveSettings) -> Iterator[Rule]:

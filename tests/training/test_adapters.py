@@ -158,3 +158,9 @@ def test_every_pair_of_a_hint_has_an_adapter_and_the_criterion_trains_them_all()
     for name, (path_s, path_t) in zip(names, (("stem.0", "layer1.1.conv2"), ("head", "head")), strict=True):
         pair = inside[path_s], outside[path_t]
         torch.testing.assert_close(again.adapters[name].eval()(*pair), found[name].eval()(*pair))
+
+
+def test_two_hints_on_one_pair_are_refused() -> None:
+    terms = (TermSettings(objective="hint", layers={"a": "b"}),) * 2
+    with pytest.raises(SettingsError, match="hint: expected each pair of layers once, got a: b twice"):
+        adapters(terms, {}, {})

@@ -3,6 +3,7 @@
 import os
 import shutil
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -92,11 +93,14 @@ def test_bmp_and_webp_are_the_png_of_the_same_pixels(mode: str, kind: str, tmp_p
 @pytest.mark.parametrize("kind", ["jpeg", "webp"])
 def test_a_photograph_lying_on_its_side_is_turned_upright(kind: str, tmp_path: Path) -> None:
     exif = Image.Exif()
-    exif[0x0112] = 6  # turn by 90° clockwise
-    Image.new("RGB", (8, 4), "red").save(tmp_path / "x", kind, exif=exif)
-    plain = Contract(network="", channels=3, height=8, width=4, labels=CLASSES)
-    upright = folders.decode((tmp_path / "x").read_bytes(), plain)
-    assert np.ptp(upright[0]) == 0, "nothing was resampled"
+    exif[0x0112] = 6  # turn by 90° clockwise: what lies left comes up
+    lying = Image.new("RGB", (16, 8), "black")
+    lying.paste("white", (0, 0, 8, 8))
+    lying.save(tmp_path / "x", kind, exif=exif)
+    contract = Contract(network="", channels=3, height=16, width=8, labels=CLASSES)
+    upright = folders.decode((tmp_path / "x").read_bytes(), contract)
+    assert upright[:, :8].min() > 200
+    assert upright[:, 8:].max() < 50
 
 
 def test_an_image_is_known_by_its_bytes_whatever_it_is_called(root: Path) -> None:
@@ -154,7 +158,9 @@ def test_the_digest_follows_contents_not_times(root: Path) -> None:
 
 @pytest.mark.parametrize("change", [{"height": 7}, {"width": 7}, {"channels": 1}])
 def test_the_digest_follows_the_size(root: Path, change: dict[str, int]) -> None:
-    assert read(root).digest != read(root, **change).digest
+    one, other = read(root), read(root, **change)
+    assert one.digest != other.digest
+    assert one.shape != other.shape
 
 
 def test_the_digest_is_the_same_elsewhere(root: Path) -> None:
@@ -199,6 +205,24 @@ def test_a_killed_run_leaves_nothing_that_is_believed(root: Path, monkeypatch: p
     calls.clear()
     assert len(read(root).validation) == 6
     assert len(calls) == 12, "train/ is not decoded again"
+
+
+def test_two_at_once_decode_once(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As the processes of one training do."""
+    real, calls = folders.decode, []
+
+    def counted(payload: bytes, contract: Contract) -> Any:
+        calls.append(1)
+        return real(payload, contract)
+
+    monkeypatch.setattr(folders, "decode", counted)
+    contract = Contract(network="", channels=3, height=6, width=5, labels=CLASSES)
+    files = [folders.File(f"train/ant/{i}.{SUFFIXES[i % 5]}", 0, 0, 0) for i in range(10)]
+    path = root.parent / "cache" / "train.npy"
+    with ThreadPoolExecutor(4) as pool:
+        digests = list(pool.map(lambda _: folders._decoded(root, files, contract, path), range(4)))
+    assert len(set(digests)) == 1
+    assert len(calls) == len(files)
 
 
 def test_a_damaged_cache_is_refused_by_name(root: Path) -> None:
