@@ -24,7 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from serving.client import Client
 from serving.instance import locate
 from training import data, report
-from training.config import read_experiment
+from training.reading import read_experiment
 
 ALLOWED = 3
 

@@ -174,13 +174,13 @@ def program(name: str, size: tuple[int, int] = (8, 8), classes: int = 4) -> nn.M
 def test_an_exported_program_is_a_frozen_network(tmp_path: Path) -> None:
     network = make("seed_student", 1, (8, 8), 4).eval()  # dropout tells the modes apart
     teacher = program(exported(tmp_path / "teacher.pt2", network, IMAGES))
+    assert not any(p.requires_grad for p in teacher.parameters())
     batch = IMAGES.repeat(3, 1, 1, 1)[:5]
     with torch.no_grad():
         expected = network(batch)
         for frozen in (teacher.eval(), teacher.train(), teacher.requires_grad_(False), teacher.to("cpu")):
             torch.testing.assert_close(frozen(batch), expected)
         torch.testing.assert_close(teacher(batch.float() + 0.3), expected)  # mixed pixels are rounded
-    assert not any(p.requires_grad for p in teacher.parameters())
     assert sum(p.numel() for p in teacher.parameters()) == sum(p.numel() for p in network.parameters())
 
 

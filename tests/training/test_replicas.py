@@ -123,10 +123,10 @@ def test_leaving_ends_those_at_work_after_they_saved(script: Callable[..., Scrip
 
 
 def test_being_terminated_is_being_interrupted() -> None:
-    before = signal.getsignal(signal.SIGTERM)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
     with pytest.raises(KeyboardInterrupt), Replicas(1):
         signal.raise_signal(signal.SIGTERM)
-    assert signal.getsignal(signal.SIGTERM) is before
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
 
 
 def stage(name: str, *outputs: str) -> Stage:

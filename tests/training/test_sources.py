@@ -104,6 +104,15 @@ def test_nowhere_to_be_had_is_one_line_with_the_remedy(tmp_path: Path, monkeypat
     assert str(tmp_path / "mnist") in str(caught.value)
 
 
+def test_what_is_fetched_arrives_without_what_came_with_it(tmp_path: Path) -> None:
+    with sources.filled(tmp_path / "x" / "mnist", "*-ubyte*") as folder:
+        (folder / "raw").mkdir()
+        (folder / "raw" / "train-images-idx3-ubyte.gz").write_bytes(b"whole")
+        (folder / "lists").write_bytes(b"spare")
+    assert [path.name for path in (tmp_path / "x").iterdir()] == ["mnist"]
+    assert [path.name for path in (tmp_path / "x" / "mnist").iterdir()] == ["train-images-idx3-ubyte.gz"]
+
+
 def test_a_failed_fetch_leaves_nothing(tmp_path: Path) -> None:
     with pytest.raises(OSError, match="boom"), sources.filled(tmp_path / "x" / "mnist", "*-ubyte*") as folder:
         (folder / "train-images-idx3-ubyte").write_bytes(b"half")
