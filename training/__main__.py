@@ -8,7 +8,6 @@ import sys
 from pathlib import Path
 
 from handler.errors import DistilleryError, SettingsError
-from training import compare, search
 from training.config import Experiment
 from training.loop import Interrupted
 from training.pipeline import DistillationPipeline
@@ -20,7 +19,7 @@ EXAMPLE = """examples:
   python -m training run training/experiments/quickstart.yaml
   python -m training run training/experiments/quickstart.yaml student.epochs=20 baseline=true --resume
   python -m training evaluate training/experiments/quickstart.yaml
-  python -m training compare training/experiments/compare/*.yaml --seeds 5
+  python -m training compare training/experiments/compare/{baseline,kd,dist}.yaml --seeds 5
   python -m training search training/experiments/quickstart.yaml --minutes 30
   torchrun --nproc-per-node 2 -m training run training/experiments/quickstart.yaml
 settings: flag > DISTILLERY__SECTION__KEY > file > default; DIST_TEMP, DIST_ALPHA, DIST_EPOCHS, BATCH_SIZE too"""
@@ -55,13 +54,18 @@ def run(options: argparse.Namespace) -> None:
     """Do what the stage names, and print its result."""
     settings = [word for word in options.words if "=" in word]
     files = [Path(word) for word in options.words if "=" not in word]
+    # Imported where they are used: what they stand on would cost every training a second.
     if options.stage == "compare":
+        from training import compare
+
         found = compare.run(files, options.seeds, settings, options.runs, options.jobs, options.output)
         print(json.dumps(found, indent=2) if options.json else compare.table(found))
         return
     if len(files) != 1:
         raise SettingsError(f"{options.stage}: expected one experiment file, got {len(files)}")
     if options.stage == "search":
+        from training import search
+
         found = search.run(files[0], settings, options.runs, options.minutes, options.jobs, options.output)
         print(json.dumps(found, indent=2) if options.json else search.table(found))
         return

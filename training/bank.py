@@ -52,8 +52,10 @@ class Bank:
         return Output(found.to(index.device).float())
 
 
-def build(path: Path, source: dict[str, Any], teacher: Teacher, images: Tensor, views: Views) -> None:
-    """Ask `teacher` for every view of `images`, uint8 `[N, C, H, W]`; a build that was killed is carried on.
+def build(
+    path: Path, source: dict[str, Any], teacher: Teacher, images: Tensor, views: Views, device: torch.device
+) -> None:
+    """Ask `teacher`, on `device`, for every view of `images`, uint8 `[N, C, H, W]`; a killed build is carried on.
 
     `source` names what it is made from: digests of data, teacher and views. Raises BankError when a logit is not
     finite in float16.
@@ -61,11 +63,11 @@ def build(path: Path, source: dict[str, Any], teacher: Teacher, images: Tensor, 
     header = _header(path)
     if header is None or header.get("source") != source or not path.is_file():
         header = {"source": source, "done": 0, "sha256": None}
-        _allocate(path, teacher, images, len(views))
+        _allocate(path, _ask(teacher, images[:1], views, 0, device).shape[1], len(images), len(views))
     logits = np.load(path, mmap_mode="r+")
     with bar("bank", len(views), header["done"]) as advance:
         for view in range(header["done"], len(views)):
-            logits[view] = _ask(teacher, images, views, view)
+            logits[view] = _ask(teacher, images, views, view, device)
             logits.flush()
             header["done"] = view + 1
             _write_header(path, header)
@@ -80,19 +82,18 @@ def digest(source: dict[str, Any]) -> str:
     return text_digest(source)[:16]
 
 
-def _allocate(path: Path, teacher: Teacher, images: Tensor, views: int) -> None:
+def _allocate(path: Path, classes: int, images: int, views: int) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.with_suffix(".json").unlink(missing_ok=True)  # before its bank is another
-    place = torch.zeros(1, dtype=torch.int64, device=images.device)
-    classes = teacher(images[:1], place, place).logits.shape[1]
-    np.lib.format.open_memmap(path, mode="w+", dtype=np.float16, shape=(views, len(images), classes))
+    np.lib.format.open_memmap(path, mode="w+", dtype=np.float16, shape=(views, images, classes))
 
 
-def _ask(teacher: Teacher, images: Tensor, views: Views, view: int) -> NDArray[np.float16]:
+def _ask(teacher: Teacher, images: Tensor, views: Views, view: int, device: torch.device) -> NDArray[np.float16]:
     parts = []
-    for index in torch.split(torch.arange(len(images), device=images.device), BATCH):
+    for index in torch.split(torch.arange(len(images), device=device), BATCH):
         chosen = torch.full_like(index, view)
-        parts.append(teacher(views.apply(images[index], chosen), index, chosen).logits.cpu())
+        pictures = views.apply(images[index.to(images.device)].to(device), chosen)
+        parts.append(teacher(pictures, index, chosen).logits.cpu())
     logits = torch.cat(parts).half()
     if not logits.isfinite().all():
         raise BankError("bank: the teacher's logits are not finite in float16; use bank=false")

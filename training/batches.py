@@ -70,7 +70,8 @@ class Batches:
 
     def _look_up(self, index: Tensor, view: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Views, targets and labels of the images at `index`."""
-        images, labels = self.views.apply(self.split.images[index], view), self.split.labels[index]
+        labels, held = self.split.labels[index], self.split.images
+        images = self.views.apply(held[index.to(held.device)].to(index.device), view)
         known = (labels >= 0)[:, None]
         smoothing = self.settings.label_smoothing
         targets = F.one_hot(labels.clamp(min=0), self.classes) * (1 - smoothing) + smoothing / self.classes

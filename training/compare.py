@@ -23,7 +23,7 @@ from training.artifact import save_json, versions
 from training.contenders import Contender, contenders
 from training.data import Dataset
 from training.replicas import CORES, STUDENT, Replicas, cost, earlier_run, link, prepare, validation_accuracy
-from training.report import _processor
+from training.report import processor
 from training.statistics import paired, summary
 from training.tables import markdown
 
@@ -95,7 +95,7 @@ def _circumstances(found: Sequence[Contender], command: str, jobs: int) -> dict[
     return {
         "version": VERSION,
         "command": command,
-        "machine": {"processor": _processor(), "cores": CORES, "jobs": jobs, "versions": versions()},
+        "machine": {"processor": processor(), "cores": CORES, "jobs": jobs, "versions": versions()},
         "data": {
             "name": dataset.name,
             "digest": dataset.digest,

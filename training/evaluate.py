@@ -18,10 +18,10 @@ BINS = 15
 
 def logits_of(network: nn.Module, images: Tensor, batch: int = 500) -> Tensor:
     """Logits float32 `[N, K]` on the CPU of uint8 `[N, C, H, W]`; the network's mode is as before afterwards."""
-    training = network.training
+    training, device = network.training, next(network.parameters(), images).device
     network.eval()
     with torch.inference_mode():
-        logits = torch.cat([network(part).float().cpu() for part in torch.split(images, batch)])
+        logits = torch.cat([network(part.to(device)).float().cpu() for part in torch.split(images, batch)])
     network.train(training)
     return logits.clone()
 

@@ -127,10 +127,11 @@ class DistillationPipeline:
     def _run_training(self, role: str, key: str) -> None:
         roles, settings = self.roles, self.roles.settings(role)
         path = self.folder / roles.file(role)
-        if path.suffix == ".pt2":
-            shutil.copyfile(settings.network, path)
-            return
         network = roles.start(role)
+        if path.suffix == ".pt2":
+            with atomic(path) as temporary:
+                shutil.copyfile(settings.network, temporary)
+            return
         if not (settings.weights and role in self.experiment.teachers()):
             network = self._train(role, key, network)
         if self.processes.first:

@@ -85,6 +85,9 @@ def _rules(experiment: Experiment) -> Iterator[Rule]:
     yield views.shift >= 0, "views.shift", "0 pixels or more", views.shift
     yield from _ensemble_rules(experiment.ensemble)
     yield from _synthesis_rules(experiment.synthesis)
+    teacher = experiment.teacher.network
+    inverted = not experiment.synthesis.images or not teacher.endswith(".pt2")
+    yield inverted, "teacher.network", "one with gradients, for synthesis; an exported program has none", teacher
     yield from _objective_rules(experiment.objective)
     for role, settings in experiment.roles().items():
         yield from _train_rules(role, settings)

@@ -22,6 +22,7 @@ from training.config import Experiment
 from training.data import Dataset, Split
 from training.export import onnx_logits, onnx_session
 from training.progress import bar
+from training.tables import markdown
 
 VERSION = 1
 PLOTS = CURVES, CONFUSION, RELIABILITY = "curves.png", "confusion.png", "reliability.png"
@@ -109,7 +110,7 @@ def _circumstances(experiment: Experiment, dataset: Dataset) -> dict[str, Any]:
             "validation_images": len(dataset.validation),
             "test_images": len(dataset.test),
         },
-        "machine": {"processor": _processor(), "cores": os.cpu_count(), "latency_threads": 1, "versions": versions()},
+        "machine": {"processor": processor(), "cores": os.cpu_count(), "latency_threads": 1, "versions": versions()},
     }
 
 
@@ -119,17 +120,12 @@ def table(report: dict[str, Any]) -> str:
     titles = {"teacher": "teacher", "student": "student", "baseline": "same student, labels only"}
     cells = [["", *(titles[role] for role in models)]]
     cells += [[name, *(cell(model) for model in models.values())] for name, cell in ROWS]
-    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    lines = [
-        "| " + " | ".join(text.ljust(width) for text, width in zip(row, widths, strict=True)) + " |" for row in cells
-    ]
-    lines.insert(1, "|" + "|".join("-" * (width + 2) for width in widths) + "|")
     data = report["data"]
     note = (
         f"{data['test_images']:,} test images of {data['name']}, last epoch, seed {report['seed']}; "
         f"latency: median on one thread of {report['machine']['processor']}."
     )
-    return "\n".join([*lines, "", note])
+    return f"{markdown(cells)}\n\n{note}"
 
 
 def _percents(model: dict[str, Any]) -> list[float]:
@@ -180,7 +176,7 @@ def _distance(logits: Tensor, other: Tensor) -> float:
     return (F.softmax(logits, dim=1) - F.softmax(other, dim=1)).abs().max().item()
 
 
-def _processor() -> str:
+def processor() -> str:
     """The processor's name; where the system has none to give, its kind."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()

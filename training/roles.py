@@ -64,7 +64,7 @@ class Roles:
     def new(self, role: str, name: str | None = None) -> nn.Module:
         """A new network for the role (or the one called `name`), with the settings' or the data's normalisation."""
         settings = self.settings(role)
-        mean, std = self._statistics
+        mean, std = (settings.mean, settings.std) if settings.mean and settings.std else self._statistics
         channels, *size = self.dataset.shape
         return networks.build(
             name or settings.network,
@@ -171,7 +171,7 @@ class Roles:
         source = self._source(names, split)
         path = self.folder.parent / "banks" / f"{bank.digest(source)}.npy"
         if self.processes.first:
-            bank.build(path, source, live, split.images.to(self.device), self.views)
+            bank.build(path, source, live, split.to(self.device).images, self.views, self.device)
         self.processes.wait()
         return Bank(path, source)
 

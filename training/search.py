@@ -30,7 +30,7 @@ from training.pipeline import DistillationPipeline
 from training.ranges import flags_of, own_values, space
 from training.reading import read_experiment
 from training.replicas import CORES, STUDENT, Replica, Replicas, earlier_run, link, prepare, validation_accuracy
-from training.report import _processor
+from training.report import processor
 from training.tables import markdown
 
 log = logging.getLogger(__name__)
@@ -169,7 +169,7 @@ def run(file: Path, flags: Sequence[str], runs: Path, minutes: float, jobs: int,
     result = {
         "version": VERSION,
         "command": shlex.join(["python", "-m", "training", "search", str(file), "--minutes", f"{minutes:g}", *flags]),
-        "machine": {"processor": _processor(), "cores": CORES, "jobs": jobs, "versions": versions()},
+        "machine": {"processor": processor(), "cores": CORES, "jobs": jobs, "versions": versions()},
         "data_digest": search.pipeline.dataset.digest,
         "experiment": experiment.to_dict(),
         **search.result(),

@@ -15,6 +15,10 @@ class DataError(DistilleryError):
     """Data that cannot be found, is not what its checksum says, or is too little for what was asked."""
 
 
+RESIDENT = 8 * 10**9
+"""Bytes of images that a device is given to hold."""
+
+
 @dataclass(frozen=True)
 class Split:
     """Images uint8 `[N, C, H, W]` and their labels int64 `[N]`; −1 where the label is not known."""
@@ -30,8 +34,9 @@ class Split:
         return Split(self.images[index], self.labels[index])
 
     def to(self, device: torch.device) -> "Split":
-        """The same split, held by `device`."""
-        return Split(self.images.to(device), self.labels.to(device))
+        """The same split, held by `device`; images of more than 8 GB stay where they are, to be taken in parts."""
+        near = self.images.to(device) if self.images.numel() <= RESIDENT else self.images
+        return Split(near, self.labels.to(device))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -43,7 +43,7 @@ class Counting:
 
 
 def build_bank(path: Path, teacher: Any, dataset: Dataset, source: dict[str, Any] = SOURCE) -> None:
-    bank.build(path, source, teacher, dataset.train.images, VIEWS)
+    bank.build(path, source, teacher, dataset.train.images, VIEWS, torch.device("cpu"))
 
 
 def test_it_equals_the_live_teacher_for_the_shuffled_views_of_every_epoch(
