@@ -21,7 +21,7 @@ EXAMPLE = """examples:
   python -m training evaluate training/experiments/quickstart.yaml
   python -m training compare training/experiments/compare/{baseline,kd,dist}.yaml --seeds 5
   python -m training search training/experiments/quickstart.yaml --minutes 30
-  torchrun --nproc-per-node 2 -m training run training/experiments/quickstart.yaml
+  torchrun --standalone --nproc-per-node 2 -m training run training/experiments/quickstart.yaml
 settings: flag > DISTILLERY__SECTION__KEY > file > default; DIST_TEMP, DIST_ALPHA, DIST_EPOCHS, BATCH_SIZE too"""
 STAGE = """run: all stages; prepare: all before the student; data: only fetch it; compare: several experiments, seed by
 seed; search: the best T, α and weights; or a stage by its name: teacher, student, baseline, export, evaluate, bundle,

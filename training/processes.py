@@ -1,6 +1,6 @@
 """One process, or several that torchrun started: each takes its part of every batch, the first one writes.
 
-torchrun --nproc-per-node 2 -m training run training/experiments/full.yaml
+torchrun --standalone --nproc-per-node 2 -m training run training/experiments/full.yaml
 """
 
 import contextlib

@@ -198,7 +198,7 @@ def cost(folder: Path, images: int) -> dict[str, float]:
     rates = [line["images_per_s"] for line in _lines(folder / f"{STUDENT}.history.jsonl")]
     stages = [line["seconds"] for line in _lines(folder / "history.jsonl") if line["stage"] == STUDENT]
     return {
-        "seconds": round(sum(images / rate for rate in rates), 3),
+        "seconds": sum(images / rate for rate in rates),
         "wall_seconds": stages[-1],
         "images_per_s": median(rates),
     }

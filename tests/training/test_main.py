@@ -108,7 +108,7 @@ def test_two_processes_have_the_losses_of_one(tmp_path: Path) -> None:
     more = [
         *("student", "training/experiments/quickstart.yaml", "name=x", "data.train_limit=128"),
         *(f"student.network={tmp_path}/plain.py:build", "student.epochs=50", "student.accumulate=2"),
-        *("student.mixup=0.2", "views.shift=1", "teacher.network=seed_teacher", "teacher.epochs=1"),
+        *("bank=false", "student.mixup=0.2", "views.shift=1", "teacher.network=seed_teacher", "teacher.epochs=1"),
     ]
     torchrun = [
         sys.executable,
