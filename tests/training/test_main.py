@@ -110,21 +110,18 @@ def test_two_processes_have_the_losses_of_one(tmp_path: Path) -> None:
         *(f"student.network={tmp_path}/plain.py:build", "student.epochs=50", "student.accumulate=2"),
         *("bank=false", "student.mixup=0.2", "views.shift=1", "teacher.network=seed_teacher", "teacher.epochs=1"),
     ]
-    torchrun = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--nproc-per-node",
-        "2",
-        "--rdzv-endpoint",
-        "127.0.0.1:0",
-    ]
+    alone = [sys.executable]
+    torchrun = [*alone, "-m", "torch.distributed.run", "--standalone", "--local-addr=127.0.0.1", "--nproc-per-node=2"]
     losses = {}
-    for count, start in (("one", [sys.executable]), ("two", torchrun)):
+    for count, start in (("one", alone), ("two", torchrun)):
         arguments = [*more, "--runs", str(tmp_path / count)]
-        subprocess.run([sys.executable, "-m", "training", "prepare", *arguments[1:]], capture_output=True, check=True)
-        done = subprocess.run([*start, "-m", "training", *arguments], capture_output=True, text=True, check=False)
-        assert done.returncode == 0, done.stderr
+        subprocess.run([*alone, "-m", "training", "prepare", *arguments[1:]], capture_output=True, check=True)
+        process = subprocess.Popen([*start, "-m", "training", *arguments], stderr=subprocess.PIPE, text=True)
+        try:
+            _, error = process.communicate(timeout=120)
+        finally:
+            process.terminate()  # torchrun ends its children
+        assert process.returncode == 0, error
         history = (tmp_path / count / "x" / "student.history.jsonl").read_text().splitlines()
         losses[count] = torch.tensor([json.loads(line)["loss"] for line in history])
     assert len(losses["one"]) == 50
