@@ -11,7 +11,7 @@ from handler.errors import DistilleryError, SettingsError
 from training.config import Experiment
 from training.loop import Interrupted
 from training.pipeline import DistillationPipeline
-from training.processes import together
+from training.processes import keep_memory, together
 from training.reading import read_experiment
 from training.report import read, table
 
@@ -92,6 +92,7 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser().parse_intermixed_args(arguments)
     logging.basicConfig(format="%(message)s", stream=sys.stderr)
     logging.getLogger("training").setLevel(logging.INFO)
+    keep_memory()
     try:
         run(options)
     except Interrupted as error:

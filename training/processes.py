@@ -4,6 +4,7 @@ torchrun --standalone --nproc-per-node 2 -m training run training/experiments/fu
 """
 
 import contextlib
+import ctypes
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -13,6 +14,18 @@ import torch.distributed as dist
 from torch import Tensor
 
 from handler.errors import DistilleryError
+
+
+def keep_memory() -> None:
+    """Let the C library keep what one training step frees for the next.
+
+    glibc hands blocks of megabytes back to the system, and each step pays for having them mapped in again: without
+    that, a step of our student takes three quarters of the time on a CPU, and computes the same bits.
+    """
+    with contextlib.suppress(AttributeError, OSError, TypeError):  # another C library
+        mallopt = ctypes.CDLL(None).mallopt
+        mallopt(-3, 32 << 20)  # M_MMAP_THRESHOLD: the largest it takes
+        mallopt(-1, 1 << 30)  # M_TRIM_THRESHOLD
 
 
 @dataclass(frozen=True)

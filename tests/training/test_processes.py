@@ -1,5 +1,9 @@
 """One process or several: who is first, and what is refused. Two at work: tests/training/test_main.py."""
 
+import platform
+import subprocess
+import sys
+
 import pytest
 import torch
 
@@ -26,3 +30,30 @@ def test_cuda_where_there_is_none_is_an_error() -> None:
 def test_auto_takes_the_gpu() -> None:
     with together("auto") as (_, device):
         assert device.type == "cuda"
+
+
+FAULTS = """
+import resource, sys, torch
+from training.__main__ import main
+
+def step():
+    return [torch.ones(2_000_000) for _ in range(8)]
+
+if sys.argv[1] == "trained":
+    main(["data", "no such file.yaml"])
+step(), step()
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+for _ in range(10):
+    step()
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another C library")
+def test_training_keeps_the_memory_that_a_step_frees() -> None:
+    plain, trained = (
+        int(subprocess.run([sys.executable, "-c", FAULTS, who], capture_output=True, check=True, timeout=120).stdout)
+        for who in ("plain", "trained")
+    )
+    assert plain > 50_000  # pages of the 64 MB that each of ten steps allocates
+    assert trained < 1_000
