@@ -18,6 +18,7 @@ from torch import Tensor
 from handler.bundle import atomic, file_digest, text_digest
 from handler.errors import DistilleryError
 from training.features import Output
+from training.processes import turn
 from training.progress import bar
 from training.teacher import Teacher
 from training.views import Views
@@ -60,6 +61,19 @@ def build(
     `source` names what it is made from: digests of data, teacher and views. Raises BankError when a logit is not
     finite in float16.
     """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with turn(path.with_suffix(".lock")):  # experiments with one teacher share its bank
+        _build(path, source, teacher, images, views, device)
+
+
+def digest(source: dict[str, Any]) -> str:
+    """The name under which a bank of `source` is kept."""
+    return text_digest(source)[:16]
+
+
+def _build(
+    path: Path, source: dict[str, Any], teacher: Teacher, images: Tensor, views: Views, device: torch.device
+) -> None:
     header = _header(path)
     if header is None or header.get("source") != source or not path.is_file():
         header = {"source": source, "done": 0, "sha256": None}
@@ -77,13 +91,7 @@ def build(
         _write_header(path, {**header, "sha256": file_digest(path)})
 
 
-def digest(source: dict[str, Any]) -> str:
-    """The name under which a bank of `source` is kept."""
-    return text_digest(source)[:16]
-
-
 def _allocate(path: Path, classes: int, images: int, views: int) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
     path.with_suffix(".json").unlink(missing_ok=True)  # before its bank is another
     np.lib.format.open_memmap(path, mode="w+", dtype=np.float16, shape=(views, images, classes))
 

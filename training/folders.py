@@ -5,7 +5,6 @@ array under `root/folders/`: a set need not fit into memory, and training sees t
 What lies there may be removed at any time; it is made again.
 """
 
-import fcntl
 import functools
 import hashlib
 import io
@@ -32,6 +31,7 @@ from handler.codecs import image as codec
 from handler.contract import Contract
 from handler.errors import DistilleryError
 from training.config import DataSettings
+from training.processes import turn
 from training.progress import bar
 from training.splits import DataError, Dataset, Split, stratified, thinned
 
@@ -133,8 +133,7 @@ def _decoded(root: Path, files: list[File], contract: Contract, path: Path) -> s
     """See to it that `path` holds the pixels, uint8 `[N, C, H, W]`; returns the digest of the files' contents."""
     path.parent.mkdir(parents=True, exist_ok=True)
     done = path.with_suffix(".sha256")
-    with (path.parent / "lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # another process may be at it: then this one finds it done
+    with turn(path.parent / "lock"):  # after another process this one finds it done
         if not (path.is_file() and done.is_file()):
             digest = _decode_all(root, files, contract, path)
             with atomic(done) as temporary:

@@ -1,19 +1,26 @@
 """One process, or several that torchrun started: each takes its part of every batch, the first one writes.
 
 torchrun --standalone --nproc-per-node 2 -m training run training/experiments/full.yaml
+
+Processes that know nothing of each other take turns at what they both would write.
 """
 
 import contextlib
 import ctypes
+import fcntl
+import logging
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from handler.errors import DistilleryError
+
+log = logging.getLogger(__name__)
 
 
 def keep_memory() -> None:
@@ -26,6 +33,18 @@ def keep_memory() -> None:
         mallopt = ctypes.CDLL(None).mallopt
         mallopt(-3, 32 << 20)  # M_MMAP_THRESHOLD: the largest it takes
         mallopt(-1, 1 << 30)  # M_TRIM_THRESHOLD
+
+
+@contextlib.contextmanager
+def turn(lock: Path) -> Iterator[None]:
+    """Have the file `lock` to oneself; waits, and says so, while another process has it, and ends with its end."""
+    with lock.open("w") as stream:
+        try:
+            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            log.info("%s: another process is at work on it; waiting until it ends", lock.parent)
+            fcntl.flock(stream, fcntl.LOCK_EX)
+        yield
 
 
 @dataclass(frozen=True)

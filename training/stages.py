@@ -5,7 +5,6 @@ each stage that ran adds a line to `history.jsonl`.
 """
 
 import contextlib
-import fcntl
 import json
 import logging
 import time
@@ -17,7 +16,7 @@ from typing import Any
 from handler.bundle import file_digest, text_digest
 from handler.errors import DistilleryError
 from training.artifact import save_json
-from training.processes import Processes
+from training.processes import Processes, turn
 
 log = logging.getLogger(__name__)
 
@@ -49,12 +48,7 @@ class Runner:
         if not self.processes.first:
             yield
             return
-        with (self.folder / "lock").open("w") as lock:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                log.info("%s: another process is at work on it; waiting until it ends", self.folder)
-                fcntl.flock(lock, fcntl.LOCK_EX)
+        with turn(self.folder / "lock"):
             yield
 
     def run(self, stage: Stage) -> None:

@@ -1,6 +1,7 @@
 """The bank says what the live teacher says, and refuses to speak for another."""
 
 import json
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -127,3 +128,23 @@ def test_logits_that_half_precision_cannot_hold_are_refused(tmp_path: Path, data
 
     with pytest.raises(BankError, match="not finite in float16"):
         build_bank(tmp_path / "bank.npy", loud, dataset)
+
+
+def test_two_that_build_one_bank_take_turns(tmp_path: Path, dataset: Dataset, teacher: LiveTeacher) -> None:
+    """The second waits for the first, and then finds it built."""
+    path, at_work = tmp_path / "bank.npy", threading.Event()
+
+    class Slow(Counting):
+        def __call__(self, images: Tensor, index: Tensor, view: Tensor) -> Output:
+            at_work.set()
+            return super().__call__(images, index, view)
+
+    first, second = Slow(teacher), Counting(teacher)
+    other = threading.Thread(target=build_bank, args=(path, first, dataset))
+    other.start()
+    assert at_work.wait(10)
+    build_bank(path, second, dataset)
+    other.join(30)
+    assert first.calls > 0
+    assert second.calls == 0
+    Bank(path, SOURCE)
