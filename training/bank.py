@@ -63,32 +63,26 @@ def build(
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     with turn(path.with_suffix(".lock")):  # experiments with one teacher share its bank
-        _build(path, source, teacher, images, views, device)
+        header = _header(path)
+        if header is None or header.get("source") != source or not path.is_file():
+            header = {"source": source, "done": 0, "sha256": None}
+            _allocate(path, _ask(teacher, images[:1], views, 0, device).shape[1], len(images), len(views))
+        logits = np.load(path, mmap_mode="r+")
+        with bar("bank", len(views), header["done"]) as advance:
+            for view in range(header["done"], len(views)):
+                logits[view] = _ask(teacher, images, views, view, device)
+                logits.flush()
+                header["done"] = view + 1
+                _write_header(path, header)
+                advance()
+        del logits
+        if header["sha256"] is None:
+            _write_header(path, {**header, "sha256": file_digest(path)})
 
 
 def digest(source: dict[str, Any]) -> str:
     """The name under which a bank of `source` is kept."""
     return text_digest(source)[:16]
-
-
-def _build(
-    path: Path, source: dict[str, Any], teacher: Teacher, images: Tensor, views: Views, device: torch.device
-) -> None:
-    header = _header(path)
-    if header is None or header.get("source") != source or not path.is_file():
-        header = {"source": source, "done": 0, "sha256": None}
-        _allocate(path, _ask(teacher, images[:1], views, 0, device).shape[1], len(images), len(views))
-    logits = np.load(path, mmap_mode="r+")
-    with bar("bank", len(views), header["done"]) as advance:
-        for view in range(header["done"], len(views)):
-            logits[view] = _ask(teacher, images, views, view, device)
-            logits.flush()
-            header["done"] = view + 1
-            _write_header(path, header)
-            advance()
-    del logits
-    if header["sha256"] is None:
-        _write_header(path, {**header, "sha256": file_digest(path)})
 
 
 def _allocate(path: Path, classes: int, images: int, views: int) -> None:

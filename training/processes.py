@@ -29,7 +29,7 @@ def keep_memory() -> None:
     glibc hands blocks of megabytes back to the system, and each step pays for having them mapped in again: without
     that, a step of our student takes three quarters of the time on a CPU, and computes the same bits.
     """
-    with contextlib.suppress(AttributeError, OSError, TypeError):  # another C library
+    with contextlib.suppress(AttributeError, OSError):  # another C library
         mallopt = ctypes.CDLL(None).mallopt
         mallopt(-3, 32 << 20)  # M_MMAP_THRESHOLD: the largest it takes
         mallopt(-1, 1 << 30)  # M_TRIM_THRESHOLD

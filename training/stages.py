@@ -45,10 +45,7 @@ class Runner:
     @contextlib.contextmanager
     def alone(self) -> Iterator[None]:
         """Hold the run's lock: a killed script may have left its pipeline at work, and two would undo each other."""
-        if not self.processes.first:
-            yield
-            return
-        with turn(self.folder / "lock"):
+        with turn(self.folder / "lock") if self.processes.first else contextlib.nullcontext():
             yield
 
     def run(self, stage: Stage) -> None:

@@ -134,12 +134,12 @@ def test_two_that_build_one_bank_take_turns(tmp_path: Path, dataset: Dataset, te
     """The second waits for the first, and then finds it built."""
     path, at_work = tmp_path / "bank.npy", threading.Event()
 
-    class Slow(Counting):
+    class Announcing(Counting):
         def __call__(self, images: Tensor, index: Tensor, view: Tensor) -> Output:
             at_work.set()
             return super().__call__(images, index, view)
 
-    first, second = Slow(teacher), Counting(teacher)
+    first, second = Announcing(teacher), Counting(teacher)
     other = threading.Thread(target=build_bank, args=(path, first, dataset))
     other.start()
     assert at_work.wait(10)
