@@ -17,8 +17,9 @@ class DataSettings:
 
     `folder` reads `path`/{train,val,test}/CLASS/*.png|jpg, resized to `height` × `width` pixels and `channels`
     (1 grey, 3 colour); without val/, `validation` images are held out of train/. Elsewhere these four do nothing.
-    `labelled` is how many training images keep their label for student and baseline (none: all of them); the
-    others only the teacher speaks of. `train_limit`, `test_limit` keep that many images (0: all), for smoke runs.
+    `labelled` is how many training images keep their label for student and baseline (none: all of them); of the
+    others only the teacher speaks, and who has none sees the labelled ones more often, for an epoch is no shorter.
+    `train_limit`, `test_limit` keep that many images (0: all), for smoke runs.
     """
 
     name: Literal["fashion_mnist", "mnist", "cifar10", "folder"] = "fashion_mnist"

@@ -32,9 +32,8 @@ class Contender:
     @functools.cached_property
     def budget(self) -> dict[str, int]:
         """What its student may spend."""
-        student, synthetic = self.experiment.student, self.experiment.synthesis.images
-        images = synthetic or len(self.pipeline(self.replicas[0]).roles.split(STUDENT))
-        steps = images // student.batch_size
+        student = self.experiment.student
+        steps = self.pipeline(self.replicas[0]).roles.epoch_images(STUDENT) // student.batch_size
         return {
             "epochs": student.epochs,
             "batch_size": student.batch_size,

@@ -140,15 +140,14 @@ class DistillationPipeline:
     def _train(self, role: str, key: str, network: nn.Module) -> nn.Module:
         roles, settings, device = self.roles, self.roles.settings(role), self.device
         split = roles.split(role)
-        budget = len(roles.split("student")) if role in ("student", "baseline") else len(split)
-        classes = len(self.dataset.labels)
+        classes, images = len(self.dataset.labels), roles.epoch_images(role)
         # Adapters are drawn after the network: the student starts the same with and without them.
         criterion, teacher = roles.criterion(role, network, split), roles.teacher(role, split)
         job = Job(
             role=role,
             key=key,
             settings=settings,
-            batches=Batches(split.to(device), roles.views, settings, settings.seed or 0, classes, budget),
+            batches=Batches(split.to(device), roles.views, settings, settings.seed or 0, classes, images),
             validation=self.dataset.validation.to(device),
             folder=self.folder,
             criterion=criterion,

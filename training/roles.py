@@ -131,6 +131,14 @@ class Roles:
         known = data.partially_labelled(train, labelled, len(self.dataset.labels))
         return known if self.teachers_of(role) else _labelled_part(known)
 
+    def epoch_images(self, role: str) -> int:
+        """How many images make an epoch of the role: as many as there are to train on, with a label or without.
+
+        Who learns from labels alone sees those that have one the more often, so that budgets stay equal.
+        """
+        synthetic = self.experiment.synthesis.images
+        return synthetic if synthetic and role in ("student", "baseline") else len(self.dataset.train)
+
     def teacher(self, role: str, split: Split) -> Teacher | None:
         """Who teaches the role over the images of `split`, ready to be asked."""
         names = self.teachers_of(role)

@@ -51,10 +51,6 @@ def test_contenders_have_a_replica_a_seed(tmp_path: Path, write: Any) -> None:
     [
         ({"student": {"epochs": 4}}, "a and b: expected equal budgets, got epochs 3 and 4"),
         ({"student": {"batch_size": 64}}, "a and b: expected equal budgets, got batch_size 32 and 64"),
-        (
-            {"data": {"labelled": 100}, "objective": {"terms": []}},
-            "a and b: expected equal budgets, got images_per_epoch 256 and 96",
-        ),
         ({"synthesis": {"images": 40}}, "a and b: expected equal budgets, got images_per_epoch 256 and 32"),
     ],
 )
@@ -64,8 +60,9 @@ def test_another_budget_is_refused(tmp_path: Path, write: Any, change: dict[str,
     assert str(error.value) == message
 
 
-def test_a_teacher_for_the_unlabelled_keeps_the_budget(tmp_path: Path, write: Any) -> None:
-    a, b = contenders([write("a"), write("b", data={"labelled": 100})], 1, [], tmp_path)
+@pytest.mark.parametrize("change", [{}, {"objective": {"terms": []}}])
+def test_few_labels_keep_the_budget(tmp_path: Path, write: Any, change: dict[str, Any]) -> None:
+    a, b = contenders([write("a"), write("b", data={"labelled": 100}, **change)], 1, [], tmp_path)
     assert a.teacher == b.teacher
     assert a.budget == b.budget
 
@@ -152,6 +149,19 @@ def test_the_standing_comparison_can_be_compared(
             for student, teacher in term.layers.items():
                 networks["student"].get_submodule(student)
                 networks["teacher"].get_submodule(teacher)
+
+
+@pytest.mark.parametrize("folder", ["best", "few_labels"])
+def test_both_halves_of_a_claim_can_be_compared(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dataset: Dataset, folder: str
+) -> None:
+    """The distilled student and the one on labels alone: one teacher, one budget."""
+    monkeypatch.setattr(data, "load", lambda settings: dataset)
+    files = [Path("training/experiments") / folder / name for name in ("labels.yaml", "distilled.yaml")]
+    flags = ["student.batch_size=32", *(["data.labelled=100"] if folder == "few_labels" else [])]
+    labels, distilled = contenders(files, 1, flags, tmp_path)
+    assert labels.teacher == distilled.teacher
+    assert not labels.experiment.objective.terms and distilled.experiment.objective.terms
 
 
 @pytest.mark.e2e

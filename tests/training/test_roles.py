@@ -7,11 +7,14 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
+import training.pipeline
 from handler.bundle import file_digest
 from handler.errors import DistilleryError, SettingsError
 from training.bank import Bank
 from training.config import Experiment
+from training.loop import Job, Trainer
 from training.pipeline import DistillationPipeline
 from training.reading import check
 from training.teacher import LiveTeacher, PerSample
@@ -167,13 +170,29 @@ def test_a_student_without_labels_reads_none(experiment: Experiment, tmp_path: P
     assert (second.folder / "student.pt").read_bytes() == (first.folder / "student.pt").read_bytes()
 
 
-def test_the_baseline_has_the_students_budget_however_few_its_labels(experiment: Experiment, tmp_path: Path) -> None:
-    done = run(changed(experiment, data={"labelled": 40}, baseline=True), tmp_path)
-    lines = {
-        role: [json.loads(line) for line in (done.folder / f"{role}.history.jsonl").read_text().splitlines()]
-        for role in ("student", "baseline")
-    }
-    assert len(lines["student"]) == len(lines["baseline"]) == 3
+@pytest.mark.parametrize("change", [{"baseline": True}, {"objective": {"alpha": 0, "terms": []}}])
+def test_labels_alone_have_the_budget_of_all_images(
+    experiment: Experiment, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: dict[str, Any]
+) -> None:
+    """Images without a label are made up for by seeing the others more often."""
+    steps: dict[str, int] = {}
+
+    class Noting(Trainer):
+        def __init__(self, network: nn.Module, job: Job) -> None:
+            steps[job.role] = job.batches.steps
+            super().__init__(network, job)
+
+    monkeypatch.setattr(training.pipeline, "Trainer", Noting)
+    done = run(changed(experiment, data={"labelled": 40}, **change), tmp_path)
+    role = "baseline" if "baseline" in change else "student"
+    assert len(done.roles.split(role)) == 40
+    assert steps == dict.fromkeys(steps, 256 // 32) and role in steps
+
+
+@pytest.mark.parametrize("change", [{"baseline": True}, {"objective": {"alpha": 0, "terms": []}}])
+def test_neither_labels_nor_teacher_is_refused(experiment: Experiment, tmp_path: Path, change: dict[str, Any]) -> None:
+    with pytest.raises(DistilleryError, match=r"data\.labelled=0: without a teacher there is nothing to learn from"):
+        run(changed(experiment, data={"labelled": 0}, **change), tmp_path)
 
 
 def test_features_reach_the_objective_through_the_pipeline(experiment: Experiment, tmp_path: Path) -> None:
