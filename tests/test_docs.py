@@ -26,6 +26,21 @@ def test_the_readmes_table_is_the_committed_reports() -> None:
     assert table(report) in README
 
 
+@pytest.mark.parametrize(
+    ("name", "begin", "end"), [("best", "over five seeds:", "Labels alone"), ("few_labels", "With one label", "figures")]
+)
+def test_the_readmes_gains_are_the_committed_comparisons(name: str, begin: str, end: str) -> None:
+    labels, distilled = json.loads(Path(f"docs/results/compare/{name}.json").read_text())["experiments"]
+    assert len(distilled["seeds"]) == len(labels["seeds"]) == 5
+    gain = distilled["difference"]["accuracy"]
+    figures = [gain["mean"], *gain["interval_95"]]
+    if name == "best":
+        figures += [row["summary"][key]["mean"] for key in ("accuracy", "ece") for row in (distilled, labels)]
+    stated = README.split(begin)[1].split(end)[0]
+    for share in figures:
+        assert f"{100 * share:.2f}" in stated
+
+
 def test_every_path_the_readme_links_to_exists() -> None:
     for target in re.findall(r"\]\(([^)#:]+)\)", README):
         assert Path(target).exists(), target
