@@ -27,7 +27,8 @@ def test_the_readmes_table_is_the_committed_reports() -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "begin", "end"), [("best", "over five seeds:", "Labels alone"), ("few_labels", "With one label", "figures")]
+    ("name", "begin", "end"),
+    [("best", "over five seeds:", "Labels alone"), ("few_labels", "With one label", "figures")],
 )
 def test_the_readmes_gains_are_the_committed_comparisons(name: str, begin: str, end: str) -> None:
     labels, distilled = json.loads(Path(f"docs/results/compare/{name}.json").read_text())["experiments"]
