@@ -38,8 +38,7 @@ class Batches:
     """`steps` batches an epoch of `settings.batch_size` samples out of `split`, which has `classes` classes.
 
     `images` is how many make an epoch (none: as many as there are); with more, the split comes round again, so
-    that a baseline with fewer images can have the student's budget. Raises DistilleryError when a batch is more,
-    or when there is nothing in the split.
+    that a baseline with fewer images can have the student's budget. Raises DistilleryError when a batch is more.
     """
 
     def __init__(
@@ -48,8 +47,6 @@ class Batches:
         self.split, self.views, self.settings, self.seed, self.classes = split, views, settings, seed, classes
         self.images = len(split) if images is None else images
         self.steps = self.images // settings.batch_size
-        if not len(split):
-            raise DistilleryError("data.labelled=0: without a teacher there is nothing to learn from")
         if self.steps == 0:
             raise DistilleryError(f"batch_size={settings.batch_size}: at most {self.images}, the training images")
         self.epoch = -1

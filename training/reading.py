@@ -79,6 +79,8 @@ def _rules(experiment: Experiment) -> Iterator[Rule]:
     yield name, "name", "letters, digits, '.', '_' and '-'", experiment.name
     yield data.validation > 0, "data.validation", "at least 1 image", data.validation
     yield data.labelled is None or data.labelled >= 0, "data.labelled", "0 images or more", data.labelled
+    taught = experiment.objective.terms and not experiment.baseline
+    yield data.labelled != 0 or taught, "data.labelled", "1 or more for who learns from labels alone", data.labelled
     yield data.name != "folder" or data.path, "data.path", "the folder that holds train/ and test/", data.path
     yield data.channels in (1, 3), "data.channels", "1 (grey) or 3 (colour)", data.channels
     yield min(data.height, data.width) > 0, "data.height, data.width", "1 pixel or more", (data.height, data.width)

@@ -54,8 +54,9 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 def test_training_keeps_the_memory_that_a_step_frees() -> None:
     # Left to itself glibc would settle, by chance, in one of its two ways.
     hasty = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "131072"}
+    command = [sys.executable, "-c", FAULTS]
     plain, trained = (
-        int(subprocess.run([sys.executable, "-c", FAULTS, who], env=hasty, capture_output=True, timeout=120).stdout)
+        int(subprocess.run([*command, who], env=hasty, capture_output=True, check=True, timeout=120).stdout)
         for who in ("plain", "trained")
     )
     assert plain > 50_000  # pages of the 64 MB that each of ten steps allocates

@@ -187,12 +187,18 @@ def test_labels_alone_have_the_budget_of_all_images(
     role = "baseline" if "baseline" in change else "student"
     assert len(done.roles.split(role)) == 40
     assert steps == dict.fromkeys(steps, 256 // 32) and role in steps
+    lines = {name: (done.folder / f"{name}.history.jsonl").read_text().splitlines() for name in ("student", role)}
+    assert [len(found) for found in lines.values()] == [3] * len(lines)
 
 
 @pytest.mark.parametrize("change", [{"baseline": True}, {"objective": {"alpha": 0, "terms": []}}])
-def test_neither_labels_nor_teacher_is_refused(experiment: Experiment, tmp_path: Path, change: dict[str, Any]) -> None:
-    with pytest.raises(DistilleryError, match=r"data\.labelled=0: without a teacher there is nothing to learn from"):
-        run(changed(experiment, data={"labelled": 0}, **change), tmp_path)
+def test_neither_labels_nor_teacher_is_refused_before_any_training(
+    experiment: Experiment, change: dict[str, Any]
+) -> None:
+    with pytest.raises(
+        SettingsError, match=r"data\.labelled: expected 1 or more for who learns from labels alone, got 0"
+    ):
+        changed(experiment, data={"labelled": 0}, **change)
 
 
 def test_features_reach_the_objective_through_the_pipeline(experiment: Experiment, tmp_path: Path) -> None:
