@@ -9,6 +9,8 @@ from pathlib import Path
 import jsonschema
 import pytest
 
+from handler.settings import load
+from training.config import Experiment
 from training.reading import read_experiment
 from training.report import table
 
@@ -40,6 +42,31 @@ def test_the_readmes_gains_are_the_committed_comparisons(name: str, begin: str, 
     stated = README.split(begin)[1].split(end)[0]
     for share in figures:
         assert f"{100 * share:.2f}" in stated
+
+
+def test_the_readmes_methods_are_the_committed_comparisons() -> None:
+    found = json.loads(Path("docs/results/compare/standing.json").read_text())["experiments"]
+    gains = {row["name"]: 100 * row["difference"]["accuracy"]["mean"] for row in found[1:]}
+    stated = README.split("All methods side by side")[1].split("## ")[0]
+    for name in ("kd", "best", "dist", "dkd"):
+        assert f"{gains[name]:.2f}" in stated
+    assert gains["label_smoothing"] < 0.05
+
+
+COMPARISONS = {
+    "standing": ("compare", {path.stem for path in Path("training/experiments/compare").glob("*.yaml")}),
+    "best": ("best", {"labels", "distilled"}),
+    "few_labels": ("few_labels", {"labels", "distilled"}),
+}
+
+
+@pytest.mark.parametrize(("name", "folder", "files"), [(name, *found) for name, found in COMPARISONS.items()])
+def test_committed_comparisons_are_of_the_committed_experiments(name: str, folder: str, files: set[str]) -> None:
+    found = json.loads(Path(f"docs/results/compare/{name}.json").read_text())
+    assert found["equal_budget"] and {len(row["seeds"]) for row in found["experiments"]} == {5}
+    made = {row["name"]: load(Experiment, row["experiment"]) for row in found["experiments"]}
+    paths = [Path(f"training/experiments/{folder}/{file}.yaml") for file in files]
+    assert made == {(e := read_experiment(path, [], {})).name: e for path in paths}
 
 
 def test_every_path_the_readme_links_to_exists() -> None:
