@@ -21,6 +21,7 @@ from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from handler.engines import ENGINES
 from serving.client import Client
 from serving.instance import locate
 from training import data, report
@@ -66,15 +67,16 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--run", type=Path, default=Path("runs/quickstart"))
     parser.add_argument("--port", type=int)
-    parser.add_argument("--engine", choices=["eager", "onnx"], default="onnx", help="the engine that the server runs")
+    parser.add_argument("--engine", choices=ENGINES, default="onnx", help="the engine that the server runs")
     parser.add_argument("--flight", type=int, default=64)
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
     instance = locate(Path("config.properties"), options.port)
-    test = data.load(read_experiment(options.run / "experiment.yaml", [], {}).data).test
+    experiment = read_experiment(options.run / "experiment.yaml", [], {})
+    test = data.load(experiment.data).test
     images, labels = test.images.numpy(), test.labels.numpy()
     found = report.read(options.run)
-    expected = round(found["engines"][options.engine]["accuracy"] * len(labels))
+    expected = round(found["engines"][experiment.compress.serve][options.engine]["accuracy"] * len(labels))
     forms = {
         form: measure(instance.inference, instance.key_file, images, labels, form, options.flight) for form in FORMS
     }

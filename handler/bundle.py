@@ -19,10 +19,14 @@ from handler.errors import BundleError
 
 @dataclass(frozen=True)
 class BundleFiles:
-    """The file names of a bundle, which are those of the archive."""
+    """The file names of a bundle, which are those of the archive; of the engines' files some may not be there."""
 
     weights: str = "student.pt"
     onnx: str = "student.onnx"
+    onnx_int8: str = "student.int8.onnx.xz"
+    exported: str = "student.pt2"
+    compiled: str = "student.aoti.pt2"
+    torchscript: str = "student.torchscript.pt"
     contract: str = "contract.json"
     report: str = "report.json"
     golden: str = "golden.npz"

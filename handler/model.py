@@ -1,27 +1,27 @@
-"""ModelInterface and its engines: uint8 pixels in, logits out, whatever runs them.
+"""ModelInterface: uint8 pixels in, logits out; which engine computes them, and the proof that it may.
 
 B images, C channels, H and W pixels, K classes; images are uint8 `[B, C, H, W]`, logits float32 `[B, K]`.
 """
 
 import io
-from collections.abc import Iterable
+import json
+import logging
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 from zipfile import BadZipFile
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 
 from handler.bundle import FILES
 from handler.contract import Contract, probabilities
-from handler.errors import BundleError, SettingsError
-from handler.networks import build
+from handler.engines import ENGINES, Logits, Pixels, Setup, line
+from handler.errors import BundleError
+from handler.networks import NETWORKS
 from handler.settings import HandlerSettings
 
-Pixels = NDArray[np.uint8]
-Logits = NDArray[np.float32]
-TOLERANCE = 1e-3  # by how much a probability may differ between engines
+log = logging.getLogger(__name__)
 
 
 class ModelInterface(Protocol):
@@ -40,100 +40,97 @@ class ModelInterface(Protocol):
         ...
 
 
-class Eager:
-    """The state dict in its PyTorch network: the reference that every other engine must agree with."""
+class Student:
+    """The student of `root` in one of the engines; BundleError when that cannot be loaded here."""
 
-    engine = "eager"
-
-    def __init__(self, weights: Path, contract: Contract, device: str) -> None:
-        self.contract, self.device = contract, device
-        size = contract.height, contract.width
-        try:
-            network = build(contract.network, channels=contract.channels, size=size, classes=len(contract.labels))
-        except SettingsError as error:
-            raise BundleError(f"engine eager: {error}; only engine onnx can serve other networks") from None
-        try:
-            network.load_state_dict(torch.load(weights, map_location="cpu", weights_only=True))
-        except Exception as error:  # torch raises whatever the unpickler met
-            raise BundleError(f"{weights}: not the weights of '{contract.network}': {_line(error)}") from error
-        self.network = network.eval().requires_grad_(False).to(device)
+    def __init__(self, root: Path, contract: Contract, engine: str, device: str, threads: int) -> None:
+        self.engine, self.device, self.contract = engine, device, contract
+        path = root / ENGINES[engine].file
+        if not path.is_file():
+            there = ", ".join(name for name, other in ENGINES.items() if (root / other.file).is_file())
+            raise BundleError(f"engine {engine}: {path} is not there; the engines in it are {there or 'none'}")
+        self.forward = ENGINES[engine].load(path, Setup(contract, device, threads))
 
     def warm_up(self, sizes: Iterable[int]) -> None:
         """Let the engine see each batch size before the first request does."""
-        _warm_up(self, sizes)
+        for size in sizes:
+            self.predict(np.zeros((size, *self.contract.shape), np.uint8))
 
     def predict(self, images: Pixels) -> Logits:
         """Logits float32 `[B, K]` of uint8 `[B, C, H, W]`."""
-        with torch.inference_mode():
-            logits: Logits = self.network(torch.from_numpy(images).to(self.device)).float().cpu().numpy()
-        return logits
+        return self.forward(images)
 
 
-class Onnx:
-    """The exported student in ONNX Runtime, on the CPU: several times faster than eager for small networks."""
+def choose(
+    settings: HandlerSettings, evidence: Mapping[str, Any], network: str, gpu_id: int | None, batch: int
+) -> tuple[str, str, str]:
+    """Engine, device, and why.
 
-    engine = "onnx"
-    device = "cpu"
+    Auto is the engine that was measured fastest on this kind of device, per image in batches of up to `batch`, of
+    those whose accuracy is at most `settings.accuracy_loss` below eager's; the first where nothing was measured.
+    `evidence` is the report's part on engines. A `network` that is none of ours cannot run in eager.
+    """
+    kind = "cpu" if gpu_id is None or not torch.cuda.is_available() else "cuda"
 
-    def __init__(self, path: Path, contract: Contract, threads: int) -> None:
-        try:
-            import onnxruntime  # a worker that runs eager need not have it
-        except ImportError:
-            raise BundleError("engine onnx: onnxruntime is not installed; install it, or set engine: eager") from None
-        self.contract = contract
-        options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
-        # Threads that wait by spinning take the cores from the other workers and from the server.
-        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-        try:
-            self.session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
-        except Exception as error:  # ONNX Runtime has no common class of its errors
-            raise BundleError(f"{path}: ONNX Runtime cannot load it: {_line(error)}") from error
-        self.input = self.session.get_inputs()[0].name
+    def on(name: str) -> str:
+        return f"cuda:{gpu_id}" if kind == "cuda" and kind in ENGINES[name].devices else "cpu"
 
-    def warm_up(self, sizes: Iterable[int]) -> None:
-        """Let the engine see each batch size before the first request does."""
-        _warm_up(self, sizes)
-
-    def predict(self, images: Pixels) -> Logits:
-        """Logits float32 `[B, K]` of uint8 `[B, C, H, W]`."""
-        logits: Logits = self.session.run(None, {self.input: images})[0]
-        return logits
+    if settings.engine != "auto":
+        return settings.engine, on(settings.engine), "the settings name it"
+    least = evidence.get("eager", {}).get("accuracy", 0) - settings.accuracy_loss
+    able = {name: found for name, found in evidence.items() if name in ENGINES and found["accuracy"] >= least}
+    if network not in NETWORKS:
+        able.pop("eager", None)
+    speeds = {name: _ms_an_image(found["latency_ms"].get(kind, {}), batch) for name, found in able.items()}
+    measured = {name: ms for name, ms in speeds.items() if ms is not None}
+    if not measured:
+        name = next(iter(able), "eager")
+        return name, on(name), f"auto: no engine was measured on {kind}"
+    name = min(measured, key=measured.__getitem__)
+    text = ", ".join(f"{name} {ms:.3f}" for name, ms in measured.items())
+    return name, on(name), f"auto: the fastest of {text} ms an image"
 
 
-def choose(settings: HandlerSettings, gpu_id: int | None) -> tuple[str, str, str]:
-    """Engine, device, and why: auto is ONNX on a CPU, eager on a GPU; the exported student runs on the CPU only."""
-    device = "cpu" if gpu_id is None or not torch.cuda.is_available() else f"cuda:{gpu_id}"
-    if settings.engine == "eager":
-        return "eager", device, "the settings name it"
-    if settings.engine == "onnx":
-        return "onnx", "cpu", "the settings name it"
-    if device == "cpu":
-        return "onnx", device, "auto, no GPU"
-    return "eager", device, "auto, a GPU"
+def _ms_an_image(latencies: Mapping[str, Mapping[str, float]], batch: int) -> float | None:
+    """Milliseconds an image at the largest measured batch size that is at most `batch`."""
+    sizes = [int(size) for size in latencies if int(size) <= batch]
+    return latencies[str(max(sizes))]["p50"] / max(sizes) if sizes else None
 
 
 def load_model(
-    model_dir: Path, contract: Contract, settings: HandlerSettings, threads: int, gpu_id: int | None
-) -> ModelInterface:
-    """The student in `model_dir`, in the engine that `choose` says, with `threads` threads; raises BundleError."""
+    root: Path, contract: Contract, settings: HandlerSettings, threads: int, gpu_id: int | None, batch: int
+) -> tuple[ModelInterface, str]:
+    """The student in `root` in the engine that `choose` says, with `threads` threads, and why that one.
+
+    Raises BundleError when it cannot be loaded here; with `settings.fallback` eager takes its place, and a log line
+    says so.
+    """
     torch.set_num_threads(threads)
-    engine, device, _ = choose(settings, gpu_id)
-    if engine == "onnx":
-        return Onnx(model_dir / FILES.onnx, contract, threads)
-    return Eager(model_dir / FILES.weights, contract, device)
+    evidence = _evidence(root) if settings.engine == "auto" else {}
+    engine, device, why = choose(settings, evidence, contract.network, gpu_id, batch)
+    try:
+        return Student(root, contract, engine, device, threads), why
+    except BundleError as error:
+        if not settings.fallback or engine == "eager":
+            raise
+        log.error("%s; falling back to eager, as the settings allow", error)
+        return Student(root, contract, "eager", device, threads), f"{engine} cannot be loaded here"
 
 
 def replay(model: ModelInterface, golden: Path, sizes: Iterable[int]) -> float:
     """Predict golden images in a batch of each size, and all at once; the largest difference in probability.
 
-    Raises BundleError when that is above TOLERANCE or the engine cannot answer: such a worker must not serve.
+    An engine whose own logits were stored is compared with them, any other with eager's. Raises BundleError when the
+    difference is above the engine's tolerance or the engine cannot answer: such a worker must not serve.
     """
+    tolerance = ENGINES[model.engine].tolerance
     try:
         with np.load(io.BytesIO(golden.read_bytes()), allow_pickle=False) as file:
-            images, expected = file["images"].transpose(0, 3, 1, 2), probabilities(file["logits"])
+            own = f"logits_{model.engine}"
+            images = file["images"].transpose(0, 3, 1, 2)
+            expected = probabilities(file[own if own in file else "logits"])
     except (OSError, ValueError, EOFError, LookupError, BadZipFile) as error:
-        raise BundleError(f"{golden}: no golden images in it: {_line(error)}") from error
+        raise BundleError(f"{golden}: no golden images in it: {line(error)}") from error
     largest = 0.0
     for size in (*sizes, len(images)):
         batch = np.arange(size) % len(images)
@@ -141,19 +138,19 @@ def replay(model: ModelInterface, golden: Path, sizes: Iterable[int]) -> float:
             found = probabilities(model.predict(np.ascontiguousarray(images[batch])))
             difference = float(np.abs(found - expected[batch]).max())
         except Exception as error:
-            raise BundleError(f"engine {model.engine}: fails on {size} golden images: {_line(error)}") from error
-        if not difference <= TOLERANCE:  # also when it is NaN
-            text = f"differ by {difference:.2g} from what training saw; at most {TOLERANCE:g} is allowed"
+            raise BundleError(f"engine {model.engine}: fails on {size} golden images: {line(error)}") from error
+        if not difference <= tolerance:  # also when it is NaN
+            text = f"differ by {difference:.2g} from what training saw; at most {tolerance:g} is allowed"
             raise BundleError(f"engine {model.engine}: probabilities of the golden images {text}")
         largest = max(largest, difference)
     return largest
 
 
-def _warm_up(model: ModelInterface, sizes: Iterable[int]) -> None:
-    for size in sizes:
-        model.predict(np.zeros((size, *model.contract.shape), np.uint8))
-
-
-def _line(error: Exception) -> str:
-    """The error's text in one line."""
-    return " ".join(f"{type(error).__name__}: {error}".split())[:300]
+def _evidence(root: Path) -> dict[str, Any]:
+    """What was measured of the served network's engines, by their names."""
+    try:
+        report = json.loads((root / FILES.report).read_text())
+        found: dict[str, Any] = report["engines"][report["served"]]
+    except (OSError, ValueError, LookupError) as error:
+        raise BundleError(f"{root / FILES.report}: no report of the engines in it: {line(error)}") from error
+    return found

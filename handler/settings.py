@@ -40,9 +40,15 @@ class LimitSettings:
 
 @dataclass(frozen=True, kw_only=True)
 class HandlerSettings:
-    """The worker's own settings. `threads` 0 means cores / workers; `engine` auto means ONNX on CPU, eager on GPU."""
+    """The worker's own settings; `threads` 0 means cores / workers.
 
-    engine: Literal["auto", "eager", "onnx"] = "auto"
+    `engine` auto is the one that was measured fastest on the worker's kind of device, among those whose accuracy is
+    at most `accuracy_loss` (0..1) below eager's. `fallback` lets eager serve where that engine cannot be loaded.
+    """
+
+    engine: Literal["auto", "eager", "onnx", "onnx-int8", "tensorrt", "exported", "compiled", "torchscript"] = "auto"
+    accuracy_loss: float = 0.003
+    fallback: bool = False
     threads: int = 0
     cache: CacheSettings = field(default_factory=CacheSettings)
     limits: LimitSettings = field(default_factory=LimitSettings)

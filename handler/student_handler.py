@@ -19,7 +19,7 @@ from handler.cache import CacheManager
 from handler.codecs.features import canonical
 from handler.contract import Contract
 from handler.errors import BadInput, BundleError, DistilleryError, Internal, ServeError
-from handler.model import choose, load_model, replay
+from handler.model import load_model, replay
 from handler.service import Answer, Request, Service
 from handler.settings import HandlerSettings, environment, load
 
@@ -72,11 +72,11 @@ def _service(context: Any) -> Service:
     contract = Contract.read(root / FILES.contract)
     settings = load(HandlerSettings, config.get("handler") or {}, environment(os.environ).get("handler", {}))
     threads = settings.threads or max(1, _cores() // config.get("maxWorkers", 1))
-    model = load_model(root, contract, settings, threads, properties.get("gpu_id"))
-    sizes = [2**i for i in range((properties.get("batch_size") or 1).bit_length())]
+    batch = properties.get("batch_size") or 1
+    model, why = load_model(root, contract, settings, threads, properties.get("gpu_id"), batch)
+    sizes = [2**i for i in range(batch.bit_length())]
     model.warm_up(sizes)
     difference = replay(model, root / FILES.golden, sizes)
-    why = choose(settings, properties.get("gpu_id"))[2]
     line = "engine %s (%s), device %s, threads %d, archive %s, golden images within %.1g"
     log.info(line, model.engine, why, model.device, threads, digest, difference)
     version = context.manifest["model"]["modelVersion"]

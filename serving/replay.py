@@ -21,7 +21,9 @@ from PIL import Image
 from ts.metrics.metric_cache_yaml_impl import MetricsCacheYamlImpl
 from ts.model_loader import TsModelLoader
 
-TOLERANCE = 1e-3
+# By how much probabilities may differ from those of the logits of that name, which training stored: of the network
+# itself, and of int8, whose kernels round where they please. The worker has already compared its own engine's.
+TOLERANCES = {"logits": 1e-3, "logits_onnx-int8": 0.1}
 
 
 @dataclass(frozen=True)
@@ -108,17 +110,24 @@ def replay(service: Any, rows: list[dict[str, Any]], batch: int) -> NDArray[np.f
     return np.array(found)
 
 
-def compare(kind: str, found: NDArray[np.float64], logits: NDArray[np.float32]) -> float:
-    """The largest difference to softmax(logits) `[N, K]`; ValueError when it, or a class, is not what it was."""
-    powers = np.exp(logits.astype(np.float64) - logits.max(axis=1, keepdims=True))
-    expected = powers / powers.sum(axis=1, keepdims=True)
-    difference = float(np.abs(found - expected).max())
-    # Two classes within the tolerance of each other may change places.
-    flipped = expected.max(axis=1) - expected[np.arange(len(found)), found.argmax(axis=1)] > TOLERANCE
-    if difference > TOLERANCE or flipped.any():
+def compare(kind: str, found: NDArray[np.float64], stored: dict[str, NDArray[np.float32]]) -> float:
+    """The largest difference to the softmax of the nearest of the stored logits `[N, K]`.
+
+    ValueError when it, or a class, is not what it was.
+    """
+    differences = {}
+    for name, logits in stored.items():
+        powers = np.exp(logits.astype(np.float64) - logits.max(axis=1, keepdims=True))
+        expected = powers / powers.sum(axis=1, keepdims=True)
+        # Two classes within the tolerance of each other may change places.
+        lost = expected.max(axis=1) - expected[np.arange(len(found)), found.argmax(axis=1)]
+        differences[name] = float(np.abs(found - expected).max()), int((lost > TOLERANCES[name]).sum())
+    name = min(differences, key=differences.__getitem__)
+    difference, flipped = differences[name]
+    if not difference <= TOLERANCES[name] or flipped:
         raise ValueError(
-            f"golden payloads as {kind}: probabilities differ by up to {difference:.2g} (allowed {TOLERANCE}), "
-            f"{int(flipped.sum())} of {len(found)} classes changed"
+            f"golden payloads as {kind}: probabilities differ by up to {difference:.2g} (allowed {TOLERANCES[name]}), "
+            f"{flipped} of {len(found)} classes changed"
         )
     return difference
 
@@ -129,7 +138,7 @@ def main(folder: Path, result: Path) -> None:
     service, batch = load(folder)
     loaded = time.monotonic()
     with np.load(folder / "golden.npz", allow_pickle=False) as file:
-        images, logits = file["images"], file["logits"]
+        images, logits = file["images"], {name: file[name] for name in TOLERANCES if name in file}
     kinds = {"raw": [row(image.tobytes(), "application/octet-stream") for image in images]}
     if images.shape[3] in (1, 3):
         kinds["png"] = [row(png(image), "image/png") for image in images]

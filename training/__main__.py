@@ -1,9 +1,10 @@
-"""The command line of training: `python -m training <stage|run|compare|search> EXPERIMENT.yaml [key=value …]`."""
+"""The command line of training: `python -m training <stage|run|compress|compare|search> EXPERIMENT.yaml [k=v …]`."""
 
 import argparse
 import json
 import logging
 import os
+import shlex
 import sys
 from pathlib import Path
 
@@ -13,19 +14,21 @@ from training.loop import Interrupted
 from training.pipeline import DistillationPipeline
 from training.processes import keep_memory, together
 from training.reading import read_experiment
-from training.report import read, table
+from training.report import products_table, read, table
 
 EXAMPLE = """examples:
   python -m training run training/experiments/quickstart.yaml
   python -m training run training/experiments/quickstart.yaml student.epochs=20 baseline=true --resume
   python -m training evaluate training/experiments/quickstart.yaml
+  python -m training compress training/experiments/quickstart.yaml compress.prune.macs=0.5 compress.quantize.epochs=4
   python -m training compare training/experiments/compare/{baseline,kd,dist}.yaml --seeds 5
   python -m training search training/experiments/quickstart.yaml --minutes 30
   torchrun --standalone --nproc-per-node 2 -m training run training/experiments/quickstart.yaml
 settings: flag > DISTILLERY__SECTION__KEY > file > default; DIST_TEMP, DIST_ALPHA, DIST_EPOCHS, BATCH_SIZE too"""
-STAGE = """run: all stages; prepare: all before the student; data: only fetch it; compare: several experiments, seed by
-seed; search: the best T, α and weights; or a stage by its name: teacher, student, baseline, export, evaluate, bundle,
-and where the experiment has them teacher2 …, ensemble, assistant1 …, synthesize"""
+STAGE = """run: all stages; prepare: all before the student; compress: what is made of the student, measured; data:
+only fetch it; compare: several experiments, seed by seed; search: the best T, α and weights; or a stage by its name:
+teacher, student, baseline, export, evaluate, bundle, and where the experiment has them teacher2 …, ensemble,
+assistant1 …, synthesize, pruned, sparse, quantized"""
 WORDS = "an experiment file (compare: several, the baseline first), and settings over the file's"
 
 
@@ -75,16 +78,18 @@ def run(options: argparse.Namespace) -> None:
 def run_stages(experiment: Experiment, options: argparse.Namespace) -> None:
     """Run a stage, or several, in this process or as one of those that torchrun started."""
     with together(experiment.device) as (processes, device):
-        pipeline = DistillationPipeline(experiment, options.runs, options.resume, processes, device)
+        command = shlex.join(["python", "-m", "training", "run", *options.words])
+        pipeline = DistillationPipeline(experiment, options.runs, options.resume, processes, device, command)
         if options.stage == "data":
             print(f"{pipeline.dataset.name}: {len(pipeline.dataset.train):,} images to train on")
             return
         if not processes.first:
             logging.getLogger("training").setLevel(logging.WARNING)
         pipeline.run(None if options.stage == "run" else options.stage)
-        if options.stage in ("run", "evaluate") and processes.first:
+        if options.stage in ("run", "evaluate", "compress") and processes.first:
             report = read(pipeline.folder)
-            print(json.dumps(report, indent=2) if options.json else table(report))
+            text = products_table(report) if options.stage == "compress" else table(report)
+            print(json.dumps(report, indent=2) if options.json else text)
 
 
 def main(arguments: list[str] | None = None) -> int:

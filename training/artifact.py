@@ -14,6 +14,7 @@ from torch import nn
 
 from handler.bundle import FILES, atomic, seal
 from handler.contract import Contract
+from handler.engines import ENGINES, INT8, Setup
 from training.data import Split
 from training.evaluate import logits_of
 
@@ -45,7 +46,7 @@ def write_bundle(
     folder: Path,
     *,
     student: nn.Module,
-    onnx: Path,
+    engines: Mapping[str, Path],
     contract: Contract,
     golden: Split,
     report: Mapping[str, Any],
@@ -53,17 +54,19 @@ def write_bundle(
 ) -> str:
     """Write the bundle whole or not at all, in place of an earlier one; returns its digest.
 
-    `golden` are the images whose payloads and logits (of the eager network, on the CPU) go along.
+    `engines` are the exported files by engine. `golden` are the images whose payloads go along, with the logits of the
+    eager network on the CPU, and of int8, which rounds.
     """
     temporary = folder.with_name(f".{folder.name}.part")
     shutil.rmtree(temporary, ignore_errors=True)  # what a killed run left
     temporary.mkdir(parents=True)
     try:
         save_weights(student, temporary / FILES.weights)
-        shutil.copyfile(onnx, temporary / FILES.onnx)
+        for name, path in engines.items():
+            shutil.copyfile(path, temporary / ENGINES[name].file)
         (temporary / FILES.contract).write_text(contract.to_json())
         save_json(report, temporary / FILES.report)
-        _save_golden(student, golden, temporary / FILES.golden)
+        _save_golden(student, engines.get(INT8), contract, golden, temporary / FILES.golden)
         digest = seal(temporary, {**evidence, "versions": versions()})
         shutil.rmtree(folder, ignore_errors=True)
         temporary.rename(folder)
@@ -72,8 +75,10 @@ def write_bundle(
     return digest
 
 
-def _save_golden(student: nn.Module, golden: Split, path: Path) -> None:
+def _save_golden(student: nn.Module, int8: Path | None, contract: Contract, golden: Split, path: Path) -> None:
     part = golden.take(torch.arange(min(GOLDEN, len(golden))))
-    logits = logits_of(student.cpu(), part.images)
+    logits: dict[str, Any] = {"logits": logits_of(student.cpu(), part.images).numpy()}
+    if int8:
+        logits[f"logits_{INT8}"] = ENGINES[INT8].load(int8, Setup(contract))(part.images.numpy())
     pixels = part.images.permute(0, 2, 3, 1).contiguous()
-    np.savez_compressed(path, images=pixels.numpy(), labels=part.labels.numpy(), logits=logits.numpy())
+    np.savez_compressed(path, images=pixels.numpy(), labels=part.labels.numpy(), **logits)

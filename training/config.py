@@ -138,6 +138,74 @@ class SynthesisSettings:
     smoothness: float = 1e-3
 
 
+LEAST = 32  # images that the ranges of int8 are read off
+
+
+@dataclass(frozen=True, kw_only=True)
+class PruneSettings:
+    """Channels taken from the student until the share `macs` (0..1) of its multiply-accumulates is left; 1: none.
+
+    That takes `rounds`, each followed by `epochs` of distillation at `learning_rate`.
+    """
+
+    macs: float = 1.0
+    rounds: int = 2
+    epochs: int = 4
+    learning_rate: float = 0.1
+
+
+@dataclass(frozen=True, kw_only=True)
+class SparsifySettings:
+    """The share `zeros` (0..1) of the student's weights set to zero, then `epochs` of distillation; 0: none."""
+
+    zeros: float = 0.0
+    epochs: int = 4
+    learning_rate: float = 0.1
+
+
+@dataclass(frozen=True, kw_only=True)
+class QuantizeSettings:
+    """`epochs` of distillation with weights rounded to a grid of `bits`, 2 to 8, for int8 to lose less; 0: none.
+
+    They are stored as int8; fewer bits pack smaller. It starts from the pruned student where there is one.
+    """
+
+    bits: int = 8
+    epochs: int = 0
+    learning_rate: float = 0.05
+
+
+@dataclass(frozen=True, kw_only=True)
+class CompressSettings:
+    """What is made of the student beside itself; `formats` are those that student and products are exported to.
+
+    `calibration` is how many training images show int8 the ranges of what layers say. `serve` is which of them the
+    bundle holds: student, pruned, sparse or quantized.
+    """
+
+    prune: PruneSettings = field(default_factory=PruneSettings)
+    sparsify: SparsifySettings = field(default_factory=SparsifySettings)
+    quantize: QuantizeSettings = field(default_factory=QuantizeSettings)
+    formats: tuple[Literal["onnx", "onnx-int8", "exported", "compiled", "torchscript", "executorch"], ...] = ("onnx",)
+    calibration: int = 1000
+    serve: Literal["student", "pruned", "sparse", "quantized"] = "student"
+
+    def products(self) -> dict[str, PruneSettings | SparsifySettings | QuantizeSettings]:
+        """What is made of the student by further training, and how: pruned (in rounds), sparse, quantized."""
+        rounds = [*(f"pruned{i}" for i in range(1, self.prune.rounds)), "pruned"] if self.prune.macs < 1 else []
+        made: dict[str, PruneSettings | SparsifySettings | QuantizeSettings] = dict.fromkeys(rounds, self.prune)
+        if self.sparsify.zeros:
+            made["sparse"] = self.sparsify
+        if self.quantize.epochs:
+            made["quantized"] = self.quantize
+        return made
+
+    def exported(self) -> list[str]:
+        """The roles that are exported to `formats`: the student, and what came of it in the end."""
+        rounds = {f"pruned{i}" for i in range(1, self.prune.rounds)}
+        return ["student", *(role for role in self.products() if role not in rounds)]
+
+
 @dataclass(frozen=True, kw_only=True)
 class Experiment:
     """All that decides a run. `device` auto takes the first GPU if there is one.
@@ -159,6 +227,7 @@ class Experiment:
     student: TrainSettings = field(default_factory=lambda: TrainSettings(network="separable"))
     objective: ObjectiveSettings = field(default_factory=ObjectiveSettings)
     synthesis: SynthesisSettings = field(default_factory=SynthesisSettings)
+    compress: CompressSettings = field(default_factory=CompressSettings)
 
     def to_dict(self) -> dict[str, Any]:
         """The effective tree as plain values, as it is written to `experiment.yaml` and into the passport."""
@@ -175,7 +244,12 @@ class Experiment:
     def roles(self) -> dict[str, TrainSettings]:
         """All networks by the name of their files, in the order of their training, each with its seed."""
         assistants = {f"assistant{i}": _seeded(settings, self.seed) for i, settings in enumerate(self.assistants, 1)}
-        return {**self.teachers(), **assistants, "student": _seeded(self.student, self.seed)}
+        student = _seeded(self.student, self.seed)
+        products = {
+            role: dataclasses.replace(student, epochs=how.epochs, learning_rate=how.learning_rate)
+            for role, how in self.compress.products().items()
+        }
+        return {**self.teachers(), **assistants, "student": student, **products}
 
 
 def _seeded(settings: TrainSettings, seed: int) -> TrainSettings:

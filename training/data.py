@@ -13,9 +13,9 @@ import torch
 
 from training import cifar, folders, sources
 from training.config import DataSettings
-from training.splits import DataError, Dataset, Split, partially_labelled, stratified
+from training.splits import DataError, Dataset, Split, partially_labelled, stratified, thinned
 
-__all__ = ["DataError", "Dataset", "Split", "load", "partially_labelled", "stratified"]
+__all__ = ["DataError", "Dataset", "Split", "load", "partially_labelled", "stratified", "thinned"]
 
 
 def load(settings: DataSettings) -> Dataset:

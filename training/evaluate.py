@@ -6,7 +6,7 @@ Shapes: N images, K classes; logits float32 `[N, K]`, labels int64 `[N]`.
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 BINS = 15
+Key = TypeVar("Key")
 
 
 def logits_of(network: nn.Module, images: Tensor, batch: int = 500) -> Tensor:
@@ -109,13 +110,13 @@ def macs(network: nn.Module, shape: Sequence[int]) -> int:
 
 
 def latency_ms(
-    runs: Mapping[str, Callable[[], object]], repetitions: int = 15, seconds: float = 0.2
-) -> dict[str, dict[str, float]]:
+    runs: Mapping[Key, Callable[[], object]], repetitions: int = 15, seconds: float = 0.2
+) -> dict[Key, dict[str, float]]:
     """p50 and p99 in milliseconds of each call; the calls take turns, so that a noisy machine is noisy for all.
 
     Each of the `repetitions` rounds calls each one for `seconds / repetitions` or once, whichever is longer.
     """
-    times: dict[str, list[float]] = {name: [] for name in runs}
+    times: dict[Key, list[float]] = {name: [] for name in runs}
     for call in runs.values():
         call()
     for _ in range(repetitions):

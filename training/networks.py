@@ -5,7 +5,6 @@ exported program, which can teach but not be trained. What they take and give is
 """
 
 import importlib.util
-import logging
 import sys
 import zipfile
 from collections import OrderedDict
@@ -18,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.export.passes import move_to_device_pass
 
+from handler.engines import line, read_program
 from handler.errors import DistilleryError, SettingsError, unknown
 from handler.networks import NETWORKS, Normalize
 from handler.networks import build as build_ours
@@ -105,7 +105,7 @@ def _own(name: str, channels: int, size: tuple[int, int], classes: int) -> nn.Mo
         make = getattr(module, function, None)
         model = make(channels, size, classes) if callable(make) else None
     except Exception as error:  # whatever the user's code raises
-        raise SettingsError(f"{name}: {_reason(error)}") from error
+        raise SettingsError(f"{name}: {line(error)}") from error
     if not callable(make):
         known = ", ".join(key for key, value in vars(module).items() if callable(value) and not key.startswith("_"))
         raise SettingsError(f"{file}: has no function '{function}'; it defines {known or 'none'}")
@@ -117,14 +117,10 @@ def _own(name: str, channels: int, size: tuple[int, int], classes: int) -> nn.Mo
 def _exported(name: str, probe: Tensor, classes: int) -> Program:
     if not zipfile.is_zipfile(name):
         raise SettingsError(f"{name}: expected a file that torch.export.save wrote")
-    log = logging.getLogger("torch.export")
-    log.disabled = True  # it would print the traceback of what is one line here
     try:
-        network = Program(torch.export.load(name))
+        network = Program(read_program(Path(name)))
     except Exception as error:  # torch raises whatever the unpickler met
-        raise SettingsError(f"{name}: not an exported program that can be loaded: {_reason(error)}") from error
-    finally:
-        log.disabled = False
+        raise SettingsError(f"{name}: not an exported program that can be loaded: {line(error)}") from error
     for count in (1, 3):
         _check(name, network, probe[:count], classes)
     return network
@@ -140,16 +136,12 @@ def _check(name: str, network: nn.Module, images: Tensor, classes: int) -> None:
     except Exception as error:  # whatever the user's code raises
         given = isinstance(network, Program)
         takes = f"uint8 [B, {shape}] of any B, a dynamic dimension" if given else f"floats [B, {shape}]"
-        raise SettingsError(f"{name}: expected it to take {takes}; for B = {len(images)}: {_reason(error)}") from error
+        raise SettingsError(f"{name}: expected it to take {takes}; for B = {len(images)}: {line(error)}") from error
     finally:
         network.train()
     if not isinstance(logits, Tensor) or logits.shape != (len(images), classes) or not logits.is_floating_point():
         got = list(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
         raise SettingsError(f"{name}: expected logits of shape [{len(images)}, {classes}], got {got}")
-
-
-def _reason(error: Exception) -> str:
-    return " ".join(f"{type(error).__name__}: {error}".split())[:200]
 
 
 def _torchvision(name: str, channels: int, classes: int) -> nn.Module:

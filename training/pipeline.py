@@ -1,8 +1,10 @@
 """DistillationPipeline: an experiment as stages, from its teachers to the bundle of its student."""
 
 import functools
+import os
 import shutil
 from dataclasses import asdict
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -12,23 +14,25 @@ from torch import nn
 
 from handler.bundle import FILES, atomic, file_digest
 from handler.contract import Contract
+from handler.engines import ENGINES, INT8
 from handler.errors import SettingsError
-from training import data, report
+from training import compress, data, report
 from training.artifact import save_json, save_weights, write_bundle
 from training.batches import Batches
 from training.config import Experiment, TrainSettings
-from training.export import to_onnx
+from training.export import FORMATS, Source, product
 from training.loop import Job, Trainer
 from training.processes import Processes
 from training.roles import SHARES, SYNTHETIC, Roles
 from training.stages import Runner, Stage
 from training.synthesize import synthesize
 
-PREPARE = "prepare"
+PREPARE, COMPRESS = "prepare", "compress"
+BUNDLED = (FILES.weights, FILES.contract, FILES.report, FILES.golden, FILES.passport)
 
 
 class DistillationPipeline:
-    """From an experiment to its bundle, under `root/NAME`."""
+    """From an experiment to its bundle, under `root/NAME`; `command` is the one that the report says made it."""
 
     def __init__(
         self,
@@ -37,8 +41,9 @@ class DistillationPipeline:
         resume: bool = False,
         processes: Processes | None = None,
         device: torch.device | None = None,
+        command: str = "",
     ) -> None:
-        self.experiment, self.resume = experiment, resume
+        self.experiment, self.resume, self.command = experiment, resume, command
         self.folder = root / experiment.name
         self.processes = processes or Processes()
         self.device = device or torch.device("cpu")
@@ -64,8 +69,11 @@ class DistillationPipeline:
         assistants = [self._training_stage(role) for role in e.roles() if role.startswith("assistant")]
         files = self._teacher_files()
         made_by = [asdict(e.synthesis), asdict(e.views), e.teacher.precision, e.seed]
-        compared = (*files, FILES.weights, *(("baseline.pt",) if e.baseline else ()), FILES.onnx)
-        bundled = tuple(f"bundle/{name}" for name in asdict(FILES).values())
+        products = [*e.compress.products()]
+        trained = tuple(f"{role}.pt" for role in ("student", *(["baseline"] if e.baseline else []), *products))
+        exported = tuple(product(role, name) for role in e.compress.exported() for name in e.compress.formats)
+        bundled = tuple(f"bundle/{name}" for name in (*BUNDLED, *(ENGINES[name].file for name in self._engines())))
+        measured = (FILES.report, *report.PLOTS)
         stages = [
             *teachers,
             Stage("ensemble", asdict(e.ensemble), files[:-1], (SHARES,), self._run_ensemble),
@@ -73,9 +81,10 @@ class DistillationPipeline:
             Stage("synthesize", made_by, files, (SYNTHETIC,), self._run_synthesize),
             self._training_stage("student"),
             self._training_stage("baseline"),
-            Stage("export", e.student.network, (FILES.weights,), (FILES.onnx,), self._run_export),
-            Stage("evaluate", e.to_dict(), compared, (FILES.report, *report.PLOTS), self._run_evaluate),
-            Stage("bundle", e.to_dict(), (FILES.weights, FILES.onnx, FILES.report), bundled, self._run_bundle),
+            *(self._training_stage(role) for role in products),
+            Stage("export", [e.student.network, asdict(e.compress)], trained, exported, self._run_export),
+            Stage("evaluate", e.to_dict(), (*files, *trained, *exported), measured, self._run_evaluate),
+            Stage("bundle", e.to_dict(), (*trained, *exported, FILES.report), bundled, self._run_bundle),
         ]
         left_out = {
             "ensemble": not e.ensemble.members,
@@ -85,12 +94,17 @@ class DistillationPipeline:
         return [stage for stage in stages if not left_out.get(stage.name)]
 
     def run(self, only: str | None = None) -> None:
-        """Run every stage that is not done; or the one named, whose inputs must be there; or all before the student."""
+        """Run every stage that is not done; or the one named, whose inputs must be there; or several.
+
+        `prepare` is all before the student, `compress` what is made of it and measured.
+        """
         stages = {stage.name: stage for stage in self.stages()}
-        if only not in (None, PREPARE, *stages):
+        if only not in (None, PREPARE, COMPRESS, *stages):
             raise SettingsError(f"{only}: not a stage of this experiment: it has {', '.join(stages)}")
         names = list(stages)
-        chosen = {None: names, PREPARE: names[: names.index("student")]}.get(only, [only])
+        products = [*self.experiment.compress.products(), "export", "evaluate"]
+        chosen = {None: names, PREPARE: names[: names.index("student")], COMPRESS: products}.get(only, [only])
+        self._check_formats()
         self.folder.mkdir(parents=True, exist_ok=True)
         runner = Runner(self.folder, self.dataset.digest, self.processes)
         with runner.alone():
@@ -101,6 +115,17 @@ class DistillationPipeline:
                 runner.run(stages[str(name)])
             if only == PREPARE:
                 self.roles.teacher("student", self.roles.split("student"))  # which builds the bank, if there is one
+
+    def _check_formats(self) -> None:
+        """Refuse what could only fail when all has been trained."""
+        formats = self.experiment.compress.formats
+        if "executorch" in formats and not find_spec("executorch"):
+            raise SettingsError("compress.formats: executorch is not installed; install it, or leave it out")
+        if "compiled" in formats and not shutil.which(os.environ.get("CXX", "g++")):
+            raise SettingsError("compress.formats: compiled needs a C++ compiler (g++, or CXX), and there is none here")
+        wanted, there = self.experiment.compress.calibration, len(self.dataset.train)
+        if INT8 in formats and wanted > there:
+            raise SettingsError(f"compress.calibration: expected at most the {there:,} training images, got {wanted:,}")
 
     def _teacher_files(self) -> tuple[str, ...]:
         """The files that say what the teacher is."""
@@ -118,8 +143,11 @@ class DistillationPipeline:
         if role not in e.teachers():
             decides |= {"labelled": e.data.labelled}
         inputs = tuple(self.roles.file(name) for name in taught)
+        if origin := self.roles.origin(role):
+            decides |= {"compress": asdict(e.compress.products()[role])}
+            inputs += (self.roles.file(origin),)
         inputs += (SHARES,) if len(taught) > 1 else ()
-        inputs += (SYNTHETIC,) if role == "student" and e.synthesis.images else ()
+        inputs += (SYNTHETIC,) if self.roles.learns_from_made(role) else ()
         return Stage(
             role, decides, inputs, (self.roles.file(role),), functools.partial(self._run_training, role), shared=True
         )
@@ -134,6 +162,8 @@ class DistillationPipeline:
             return
         if not (settings.weights and role in self.experiment.teachers()):
             network = self._train(role, key, network)
+        if roles.origin(role):
+            compress.settle(network)
         if self.processes.first:
             save_weights(network, path)
 
@@ -184,30 +214,40 @@ class DistillationPipeline:
         return Contract(network=name, channels=channels, height=height, width=width, labels=self.dataset.labels)
 
     def _run_export(self, key: str) -> None:
-        to_onnx(self.load("student"), self.contract, self.folder / FILES.onnx)
+        images = self.dataset.train.images
+        images = images[data.thinned(len(images), self.experiment.compress.calibration)]
+        for role in self.experiment.compress.exported():
+            source = Source(self.load(role), self.contract, images)
+            for name in self.experiment.compress.formats:
+                FORMATS[name].write(source, self.folder / product(role, name))
+
+    def _engines(self) -> dict[str, Path]:
+        """The exported files of the network that is served, by engine."""
+        e = self.experiment.compress
+        return {name: self.folder / product(e.serve, name) for name in e.formats if name in ENGINES}
 
     def _run_evaluate(self, key: str) -> None:
-        names = ["teacher", "student", *(["baseline"] if self.experiment.baseline else [])]
+        e = self.experiment
+        names = ["teacher", "student", *(["baseline"] if e.baseline else []), *e.compress.exported()[1:]]
         trained = {role: self.load(role) for role in names}
-        parts = {role: [role] for role in names} | {"teacher": list(self.experiment.teachers())}
+        parts = {role: [role] for role in names} | {"teacher": list(e.teachers())}
         files = {role: [self.folder / self.roles.file(part) for part in parts[role]] for role in names}
-        sizes = {role: sum(path.stat().st_size for path in files[role]) for role in names}
-        report.write(self.folder, self.experiment, self.dataset, trained, sizes, self.device)
+        report.write(self.folder, e, self.dataset, trained, files, self.contract, self.device, self.command)
 
     def _run_bundle(self, key: str) -> None:
-        found = report.read(self.folder)
+        found, served = report.read(self.folder), self.experiment.compress.serve
         figures = ("accuracy", "agreement", "ece", "nll", "parameters", "size_bytes")
         write_bundle(
             self.folder / "bundle",
-            student=self.load("student"),
-            onnx=self.folder / FILES.onnx,
+            student=self.load(served),
+            engines=self._engines(),
             contract=self.contract,
             golden=self.dataset.test,
-            report=found,
+            report={**found, "served": served},
             evidence={
                 "experiment": self.experiment.to_dict(),
                 "data_digest": self.dataset.digest,
-                "metrics": {name: found["models"]["student"][name] for name in figures},
+                "metrics": {name: found["models"][served][name] for name in figures},
             },
         )
 

@@ -9,6 +9,7 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 
 from handler.bundle import atomic
 
@@ -69,6 +70,36 @@ def reliability(bins: Mapping[str, Mapping[str, Sequence[float]]], path: Path) -
         axes.set(xlabel="confidence", ylabel="accuracy", title="reliability (area = share of images)", xlim=(0, 1))
         axes.grid(alpha=0.3)
         axes.legend(loc="upper left")
+
+
+def trade_off(engines: Mapping[str, Mapping[str, Mapping[str, Any]]], path: Path) -> None:
+    """Accuracy against latency and against bytes, of every network in every engine; dotted, what nothing beats."""
+    points = [(role, name, f) for role, found in engines.items() for name, f in found.items() if "accuracy" in f]
+    markers = dict(zip(dict.fromkeys(name for _, name, _ in points), "os^Dv*P", strict=False))
+    colours = {role: COLOURS.get(role, f"C{place}") for place, role in enumerate(engines)}
+    with _figure(path, columns=2) as (left, right):
+        milliseconds = [figures["latency_ms"]["cpu"]["1"]["p50"] for _, _, figures in points]
+        for axes, costs in ((left, milliseconds), (right, [figures["size_bytes"] for _, _, figures in points])):
+            percents = [100 * figures["accuracy"] for _, _, figures in points]
+            for (role, name, _), cost, percent in zip(points, costs, percents, strict=True):
+                axes.scatter(cost, percent, marker=markers[name], color=colours[role], alpha=0.8)
+            axes.step(*frontier(costs, percents), where="post", color="#999999", linestyle=":", zorder=0)
+            axes.grid(alpha=0.3)
+        left.set(xscale="log", xlabel="latency, ms, one image, one thread", ylabel="accuracy, %")
+        right.set(xscale="log", xlabel="file, bytes")
+        networks = [Line2D([], [], color=colour, marker="s", linestyle="") for colour in colours.values()]
+        kinds = [Line2D([], [], color="#777777", marker=marker, linestyle="") for marker in markers.values()]
+        left.legend(networks, list(colours), fontsize=8, loc="lower right")
+        right.legend(kinds, list(markers), fontsize=8, loc="lower right")
+
+
+def frontier(costs: Sequence[float], percents: Sequence[float]) -> tuple[list[float], list[float]]:
+    """The points than which no other is both cheaper and more accurate, from the cheapest on (Pareto's)."""
+    best: list[tuple[float, float]] = []
+    for cost, percent in sorted(zip(costs, percents, strict=True), key=lambda point: (point[0], -point[1])):
+        if not best or percent > best[-1][1]:
+            best.append((cost, percent))
+    return [cost for cost, _ in best], [percent for _, percent in best]
 
 
 def differences(found: Mapping[str, Mapping[str, Any]], baseline: str, path: Path) -> None:

@@ -15,7 +15,7 @@ import yaml
 
 from handler.errors import SettingsError
 from handler.settings import environment, load, nested, parse
-from training.config import EnsembleSettings, Experiment, ObjectiveSettings, SynthesisSettings, TrainSettings
+from training.config import LEAST, EnsembleSettings, Experiment, ObjectiveSettings, SynthesisSettings, TrainSettings
 from training.criterion import named
 from training.schedule import Schedule, Value, extremes
 
@@ -87,6 +87,7 @@ def _rules(experiment: Experiment) -> Iterator[Rule]:
     yield views.shift >= 0, "views.shift", "0 pixels or more", views.shift
     yield from _ensemble_rules(experiment.ensemble)
     yield from _synthesis_rules(experiment.synthesis)
+    yield from _compress_rules(experiment)
     teacher = experiment.teacher.network
     inverted = not experiment.synthesis.images or not teacher.endswith(".pt2")
     yield inverted, "teacher.network", "one with gradients, for synthesis; an exported program has none", teacher
@@ -118,6 +119,23 @@ def _ensemble_rules(ensemble: EnsembleSettings) -> Iterator[Rule]:
     shares, teachers = ensemble.shares, 1 + len(ensemble.members)
     right = len(shares) in (0, teachers) and all(share >= 0 for share in shares) and (not shares or sum(shares) > 0)
     yield right, "ensemble.shares", f"one number for each of the {teachers} teachers, or none", shares
+
+
+def _compress_rules(experiment: Experiment) -> Iterator[Rule]:
+    how = experiment.compress
+    prune, sparsify, quantize = how.prune, how.sparsify, how.quantize
+    yield 0 < prune.macs <= 1, "compress.prune.macs", "a share above 0, at most 1", prune.macs
+    yield prune.rounds >= 1, "compress.prune.rounds", "at least 1", prune.rounds
+    yield 0 <= sparsify.zeros < 1, "compress.sparsify.zeros", "a share from 0 up, below 1", sparsify.zeros
+    for name, section in (("prune", prune), ("sparsify", sparsify), ("quantize", quantize)):
+        least = 0 if name == "quantize" else 1
+        yield section.epochs >= least, f"compress.{name}.epochs", f"{least} or more", section.epochs
+        yield section.learning_rate > 0, f"compress.{name}.learning_rate", "a number above 0", section.learning_rate
+    yield how.calibration >= LEAST, "compress.calibration", f"at least {LEAST} images", how.calibration
+    yield 2 <= quantize.bits <= 8, "compress.quantize.bits", "2 to 8", quantize.bits
+    made = how.exported()
+    yield how.serve in made, "compress.serve", f"one that this experiment makes: {', '.join(made)}", how.serve
+    yield len(set(how.formats)) == len(how.formats), "compress.formats", "each once", how.formats
 
 
 def _synthesis_rules(synthesis: SynthesisSettings) -> Iterator[Rule]:

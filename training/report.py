@@ -3,7 +3,6 @@
 Its form is fixed by `report.schema.json` beside this file; units stand in the names.
 """
 
-import functools
 import json
 import os
 import platform
@@ -12,34 +11,38 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from handler.bundle import FILES
-from training import evaluate, plots
+from handler.contract import Contract
+from handler.engines import ENGINES, Forward, Setup, on_torch
+from handler.networks import NETWORKS
+from training import evaluate, measure, plots
 from training.artifact import save_json, versions
 from training.config import Experiment
 from training.data import Dataset, Split
-from training.export import onnx_logits, onnx_session
+from training.export import product
 from training.progress import bar
 from training.tables import markdown
 
-VERSION = 1
-PLOTS = CURVES, CONFUSION, RELIABILITY = "curves.png", "confusion.png", "reliability.png"
-BATCHES = (1, 32)
-ROWS: tuple[tuple[str, Callable[[dict[str, Any]], str]], ...] = (
-    ("accuracy, % (95 % interval)", lambda m: "{:.2f} ({:.2f}–{:.2f})".format(*_percents(m))),
-    ("agreement with the teacher, %", lambda m: f"{100 * m['agreement']:.2f}"),
-    ("calibration error (ECE), %", lambda m: f"{100 * m['ece']:.2f}"),
-    ("negative log-likelihood", lambda m: f"{m['nll']:.4f}"),
-    ("parameters", lambda m: f"{m['parameters']:,}"),
-    ("state dict, bytes", lambda m: f"{m['size_bytes']:,}"),
-    ("multiply-accumulates", lambda m: f"{m['macs']:,}"),
-    ("latency, ms, 1 image, PyTorch", lambda m: _latency(m, "eager", 1)),
-    ("latency, ms, 32 images, PyTorch", lambda m: _latency(m, "eager", 32)),
-    ("latency, ms, 1 image, ONNX Runtime", lambda m: _latency(m, "onnx", 1)),
-    ("latency, ms, 32 images, ONNX Runtime", lambda m: _latency(m, "onnx", 32)),
+VERSION = 2
+PLOTS = CURVES, CONFUSION, RELIABILITY, TRADE_OFF = "curves.png", "confusion.png", "reliability.png", "trade_off.png"
+Row = Callable[[dict[str, Any], dict[str, Any]], str]
+"""A cell of a table, from a network's figures and its engines'."""
+ROWS: tuple[tuple[str, Row], ...] = (
+    ("accuracy, % (95 % interval)", lambda m, _: "{:.2f} ({:.2f}–{:.2f})".format(*_percents(m))),
+    ("agreement with the teacher, %", lambda m, _: f"{100 * m['agreement']:.2f}"),
+    ("calibration error (ECE), %", lambda m, _: f"{100 * m['ece']:.2f}"),
+    ("negative log-likelihood", lambda m, _: f"{m['nll']:.4f}"),
+    ("parameters", lambda m, _: f"{m['parameters']:,}"),
+    ("state dict, bytes", lambda m, _: f"{m['size_bytes']:,}"),
+    ("multiply-accumulates", lambda m, _: f"{m['macs']:,}"),
+    ("latency, ms, 1 image, PyTorch", lambda _, e: _latency(e, "eager", 1)),
+    ("latency, ms, 32 images, PyTorch", lambda _, e: _latency(e, "eager", 32)),
+    ("latency, ms, 1 image, ONNX Runtime", lambda _, e: _latency(e, "onnx", 1)),
+    ("latency, ms, 32 images, ONNX Runtime", lambda _, e: _latency(e, "onnx", 32)),
 )
+TITLES = {"baseline": "same student, labels only"}
 
 
 def write(
@@ -47,60 +50,84 @@ def write(
     experiment: Experiment,
     dataset: Dataset,
     trained: dict[str, nn.Module],
-    sizes: dict[str, int],
+    files: dict[str, list[Path]],
+    contract: Contract,
     device: torch.device,
+    command: str,
 ) -> None:
     """Evaluate the trained networks of a run, by role, and write its report and plots into `folder`.
 
-    `sizes` are those of the networks' files, in bytes.
+    `files` hold the networks, by role; an ensemble has several. `command` is what makes all this again.
     """
-    test, session = dataset.test, onnx_session(folder / FILES.onnx)
-    logits = {}
-    with bar("evaluate", len(trained) + 1) as advance:
+    test, logits = dataset.test, {}
+    with bar("evaluate", len(trained)) as advance:
         for role, network in trained.items():
             logits[role] = _logits(network, test.images, device)
             advance()
-        exported = onnx_logits(session, test.images)
-        advance()
-    # Without a bar, which would take its share of the processor.
-    latencies = _latencies(trained, session, test.images)
     models = {
         role: {
             "network": (experiment.teacher if role == "teacher" else experiment.student).network,
             **evaluate.quality(logits[role], test.labels, dataset.labels, logits["teacher"]),
-            **_cost(network, sizes[role], dataset.shape),
-            "latency": {key.split("/")[1]: value for key, value in latencies.items() if key.startswith(role + "/")},
+            "parameters": sum(p.numel() for p in network.parameters()),
+            "size_bytes": sum(path.stat().st_size for path in files[role]),
+            "macs": evaluate.macs(network, dataset.shape),
         }
         for role, network in trained.items()
     }
     report = {
-        **_circumstances(experiment, dataset),
+        **_circumstances(experiment, dataset, command),
         "models": models,
-        "engines": _engines(exported, logits["student"], test, (folder / FILES.onnx).stat().st_size),
+        "engines": _engines(folder, experiment, test, trained, files, logits, contract),
     }
-    plots.curves(folder, list(trained), folder / CURVES)
+    first = {role: model for role, model in models.items() if role in plots.COLOURS}
+    plots.curves(folder, list(first), folder / CURVES)
     plots.confusion(models["student"]["confusion"], dataset.labels, folder / CONFUSION)
-    plots.reliability({role: model["reliability"] for role, model in models.items()}, folder / RELIABILITY)
+    plots.reliability({role: model["reliability"] for role, model in first.items()}, folder / RELIABILITY)
+    plots.trade_off(report["engines"], folder / TRADE_OFF)
     save_json(report, folder / FILES.report)
 
 
-def _engines(exported: Tensor, eager: Tensor, test: Split, size: int) -> dict[str, Any]:
-    """How the exported student, of `size` bytes, answers beside the eager one."""
-    return {
-        "eager": {"accuracy": evaluate.accuracy(eager, test.labels)},
-        "onnx": {
-            "accuracy": evaluate.accuracy(exported, test.labels),
-            "agreement_with_eager": evaluate.agreement(exported, eager),
-            "probability_difference_max": _distance(exported, eager),
-            "size_bytes": size,
-        },
-    }
+def _engines(
+    folder: Path,
+    experiment: Experiment,
+    test: Split,
+    trained: dict[str, nn.Module],
+    files: dict[str, list[Path]],
+    logits: dict[str, Tensor],
+    contract: Contract,
+) -> dict[str, dict[str, Any]]:
+    """By role and engine: how well it answers, and what it costs; the eager networks stand beside the products."""
+    teacher, student = logits["teacher"], logits["student"]
+    found: dict[str, dict[str, Any]] = {}
+    forwards: dict[tuple[str, str], Forward] = {}
+    for role, network in trained.items():
+        eager = measure.parity(logits[role], logits[role], student, teacher, test.labels)
+        found[role] = {"eager": {**eager, **measure.sizes(*files[role])}}
+        forwards[role, "eager"] = on_torch(network.eval(), "cpu")
+    in_workers: dict[tuple[str, str], Path] = {}
+    for role in experiment.compress.exported():
+        if contract.network in NETWORKS:
+            in_workers[role, "eager"] = files[role][0]
+        for name in map(str, experiment.compress.formats):
+            path = folder / product(role, name)
+            found[role][name] = measure.sizes(path)
+            if name in ENGINES:
+                in_workers[role, name] = path
+                forwards[role, name] = ENGINES[name].load(path, Setup(contract))
+                answers = measure.answers(forwards[role, name], test.images)
+                found[role][name] |= measure.parity(answers, logits[role], student, teacher, test.labels)
+    for (role, name), resident in measure.resident_bytes(in_workers, contract).items():
+        found[role][name]["rss_bytes"] = resident
+    for (role, name), figures in measure.latencies(forwards, test.images).items():
+        found[role][name]["latency_ms"] = {"cpu": figures}
+    return found
 
 
-def _circumstances(experiment: Experiment, dataset: Dataset) -> dict[str, Any]:
+def _circumstances(experiment: Experiment, dataset: Dataset, command: str) -> dict[str, Any]:
     """Under what the figures came to be: experiment, data, machine."""
     return {
         "version": VERSION,
+        "command": command,
         "experiment": experiment.name,
         "seed": experiment.seed,
         "data": {
@@ -117,9 +144,8 @@ def _circumstances(experiment: Experiment, dataset: Dataset) -> dict[str, Any]:
 def table(report: dict[str, Any]) -> str:
     """The report as a Markdown table that is also readable in a terminal."""
     models = report["models"]
-    titles = {"teacher": "teacher", "student": "student", "baseline": "same student, labels only"}
-    cells = [["", *(titles[role] for role in models)]]
-    cells += [[name, *(cell(model) for model in models.values())] for name, cell in ROWS]
+    cells = [["", *(TITLES.get(role, role) for role in models)]]
+    cells += [[name, *(cell(model, report["engines"][role]) for role, model in models.items())] for name, cell in ROWS]
     data = report["data"]
     note = (
         f"{data['test_images']:,} test images of {data['name']}, last epoch, seed {report['seed']}; "
@@ -132,48 +158,33 @@ def _percents(model: dict[str, Any]) -> list[float]:
     return [100 * share for share in (model["accuracy"], *model["accuracy_interval_95"])]
 
 
-def _latency(model: dict[str, Any], engine: str, batch: int) -> str:
-    figures = model["latency"].get(engine)
-    return f"{figures[f'batch_{batch}_ms_p50']:.3f}" if figures else "–"
+def products_table(report: dict[str, Any]) -> str:
+    """Every product beside the others, as a Markdown table."""
+    shares = ("accuracy, %", "as eager, %", "as student, %", "ECE, %")
+    lines = [["", *shares, "bytes", "packed", "RSS, MB", *(f"ms, {n}" for n in measure.BATCHES)]]
+    for role, engines in report["engines"].items():
+        for name, found in engines.items():
+            share = [
+                f"{100 * found[key]:.2f}" if key in found else "–"
+                for key in ("accuracy", "agreement_with_eager", "agreement_with_student", "ece")
+            ]
+            size = [f"{found[key]:,}" for key in ("size_bytes", "packed_bytes")]
+            memory = f"{found['rss_bytes'] / 1e6:.0f}" if "rss_bytes" in found else "–"
+            lines.append(
+                [f"{role} {name}", *share, *size, memory, *(_latency(engines, name, n) for n in measure.BATCHES)]
+            )
+    return markdown(lines)
+
+
+def _latency(engines: dict[str, Any], name: str, batch: int) -> str:
+    found = engines.get(name, {}).get("latency_ms")
+    return f"{found['cpu'][str(batch)]['p50']:.3f}" if found else "–"
 
 
 def _logits(network: nn.Module, images: Tensor, device: torch.device) -> Tensor:
     logits = evaluate.logits_of(network.to(device), images.to(device))
     network.cpu()
     return logits
-
-
-def _cost(network: nn.Module, size: int, shape: tuple[int, int, int]) -> dict[str, int]:
-    return {
-        "parameters": sum(p.numel() for p in network.parameters()),
-        "size_bytes": size,
-        "macs": evaluate.macs(network, shape),
-    }
-
-
-def _latencies(trained: dict[str, nn.Module], session: Any, images: Tensor) -> dict[str, dict[str, float]]:
-    """Per `role/engine`: p50 and p99 at each batch size on one thread, all measured in turns."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    found: dict[str, dict[str, float]] = {}
-    try:
-        for batch in BATCHES:
-            part = images[:batch]
-            runs: dict[str, Callable[[], object]] = {
-                f"{role}/eager": functools.partial(evaluate.logits_of, network, part)
-                for role, network in trained.items()
-            }
-            runs["student/onnx"] = functools.partial(onnx_logits, session, part)
-            for name, figures in evaluate.latency_ms(runs).items():
-                found.setdefault(name, {}).update({f"batch_{batch}_ms_{q}": ms for q, ms in figures.items()})
-    finally:
-        torch.set_num_threads(threads)
-    return found
-
-
-def _distance(logits: Tensor, other: Tensor) -> float:
-    """The largest difference between two networks' probabilities."""
-    return (F.softmax(logits, dim=1) - F.softmax(other, dim=1)).abs().max().item()
 
 
 def processor() -> str:

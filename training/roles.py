@@ -11,14 +11,16 @@ import torch
 from torch import nn
 
 from handler.bundle import file_digest, text_digest
+from handler.engines import line
 from handler.errors import DistilleryError
-from training import bank, data, networks
+from handler.widths import fit
+from training import bank, compress, data, networks
 from training.adapters import adapters
 from training.bank import Bank
 from training.config import Experiment, ObjectiveSettings, TermSettings, TrainSettings
 from training.criterion import Criterion
 from training.data import Dataset, Split
-from training.evaluate import logits_of
+from training.evaluate import logits_of, macs
 from training.features import forward
 from training.objectives import find
 from training.processes import Processes
@@ -53,8 +55,16 @@ class Roles:
         teachers = list(self.experiment.teachers())
         if role in teachers or role == "baseline" or not self.terms(role):
             return []
-        before = names[names.index(role) - 1]
+        before = names[names.index("student" if self.origin(role) else role) - 1]
         return teachers if before in teachers else [before]
+
+    def origin(self, role: str) -> str | None:
+        """Of what a product of compression is made: the role before it in its chain."""
+        products = self.experiment.compress.products()
+        if role not in products:
+            return None
+        chain = ["student", *(name for name in products if name != "sparse")]
+        return "student" if role == "sparse" else chain[chain.index(role) - 1]
 
     def terms(self, role: str) -> tuple[TermSettings, ...]:
         """The terms of the role's objective; an assistant has those that read logits alone."""
@@ -76,12 +86,35 @@ class Roles:
         )
 
     def start(self, role: str) -> nn.Module:
-        """The role's network before its training: new from its seed, or with the weights that were given."""
-        settings = self.settings(role)
+        """The role's network before its training: new from its seed, or with the weights that were given.
+
+        A product of compression starts as its origin, with what was to be taken away taken.
+        """
+        settings, origin = self.settings(role), self.origin(role)
         torch.manual_seed(settings.seed or 0)
+        if origin:
+            return self._compressed(role, self._load_one(origin))
         network = self.new(role)
         if settings.weights:
             networks.load_weights(network, Path(settings.weights))
+        return network
+
+    def _compressed(self, role: str, network: nn.Module) -> nn.Module:
+        """`network`, made smaller in the way of the role."""
+        how = self.experiment.compress
+        if role == "sparse":
+            compress.sparsify(network, how.sparsify.zeros)
+        elif role == "quantized":
+            compress.put_on_grid(network, how.quantize.bits)
+        else:
+            rounds = [name for name in self.experiment.roles() if name.startswith("pruned")]
+            share = how.prune.macs ** ((rounds.index(role) + 1) / len(rounds))
+            whole = macs(self._load_one("student"), self.dataset.shape)
+            compress.prune(network, self.dataset.shape, int(share * whole))
+            try:
+                fit(self.new(role), network.state_dict())
+            except RuntimeError as error:
+                raise DistilleryError(f"{role}: some layers of this network cannot be pruned: {line(error)}") from error
         return network
 
     def load(self, role: str) -> nn.Module:
@@ -98,8 +131,8 @@ class Roles:
             return self.new(role, str(path))
         network = self.new(role)
         try:
-            network.load_state_dict(torch.load(path, weights_only=True))
-        except (OSError, RuntimeError) as error:
+            fit(network, torch.load(path, weights_only=True))
+        except Exception as error:  # torch raises whatever the unpickler met
             raise DistilleryError(f"{path}: not the {role} of this experiment; run its stage first") from error
         return network
 
@@ -124,7 +157,7 @@ class Roles:
     def split(self, role: str) -> Split:
         """The images that the role is trained on; −1 is the label of one that it may not know."""
         train, labelled = self.dataset.train, self.experiment.data.labelled
-        if role == "student" and self.experiment.synthesis.images:
+        if self.learns_from_made(role):
             return Split(**torch.load(self.folder / SYNTHETIC, weights_only=True))
         if labelled is None or role in self.experiment.teachers():
             return train
@@ -136,8 +169,12 @@ class Roles:
 
         Who learns from labels alone sees those that have one the more often, so that budgets stay equal.
         """
-        synthetic = self.experiment.synthesis.images
-        return synthetic if synthetic and role in ("student", "baseline") else len(self.dataset.train)
+        made = role == "baseline" or self.learns_from_made(role)
+        return (made and self.experiment.synthesis.images) or len(self.dataset.train)
+
+    def learns_from_made(self, role: str) -> bool:
+        """Whether the role sees images that were made from the teacher, and no others."""
+        return self.experiment.synthesis.images > 0 and (role == "student" or self.origin(role) is not None)
 
     def teacher(self, role: str, split: Split) -> Teacher | None:
         """Who teaches the role over the images of `split`, ready to be asked."""

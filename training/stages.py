@@ -55,6 +55,11 @@ class Runner:
             if not (self.folder / name).is_file():
                 raise DistilleryError(f"{stage.name}: {self.folder / name} is missing; run the stages before it first")
         inputs = {name: file_digest(self.folder / name) for name in stage.inputs}
+        made = {name: digest for line in self._record().values() for name, digest in line["outputs"].items()}
+        for name, digest in inputs.items():
+            if made.get(name, digest) != digest:
+                what = "not what this run made"
+                raise DistilleryError(f"{stage.name}: {self.folder / name}: {what}; run the stages before it again")
         key = text_digest([stage.name, stage.settings, self.digest, inputs])
         done = self._is_done(stage, key)
         self.processes.wait()

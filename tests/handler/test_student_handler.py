@@ -431,8 +431,9 @@ def test_workers_share_the_cores(
     asked: list[int] = []
 
     def spy(*arguments: Any) -> Any:
-        asked.append(arguments[3])
-        return load_model(arguments[0], arguments[1], arguments[2], 1, arguments[4])
+        root, contract, settings, threads, gpu_id, batch = arguments
+        asked.append(threads)
+        return load_model(root, contract, settings, 1, gpu_id, batch)
 
     def change(copy: Path) -> None:
         (copy / "model-config.yaml").write_text(yaml.safe_dump(config))
@@ -456,7 +457,8 @@ def test_each_batch_size_is_warm_before_the_worker_is_ready(in_place: Path, monk
     warmed: list[int] = []
 
     def spy(*arguments: Any) -> Any:
-        model: Any = load_model(*arguments)
+        model: Any
+        model, why = load_model(*arguments)
         predict = model.predict
 
         def counted(images: Pixels) -> Any:
@@ -464,7 +466,7 @@ def test_each_batch_size_is_warm_before_the_worker_is_ready(in_place: Path, monk
             return predict(images)
 
         model.warm_up, model.predict = warmed.extend, counted
-        return model
+        return model, why
 
     monkeypatch.setattr(student_handler, "load_model", spy)
     with Worker(in_place, in_place=True, batch_size=20):

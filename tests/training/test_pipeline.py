@@ -14,11 +14,11 @@ import torch
 
 from handler.bundle import FILES, verify
 from handler.contract import Contract
+from handler.engines import ENGINES, Setup
 from handler.errors import DistilleryError
 from handler.networks import build
-from training import report
+from training import measure, report
 from training.config import Experiment
-from training.export import onnx_logits, onnx_session
 from training.pipeline import DistillationPipeline
 from training.processes import Processes
 from training.stages import Runner
@@ -63,8 +63,10 @@ def test_the_report_keeps_its_schema_and_its_arithmetic(run: DistillationPipelin
         assert table.diagonal().sum().item() / table.sum().item() == pytest.approx(model["accuracy"])
         assert model["accuracy_interval_95"][0] <= model["accuracy"] <= model["accuracy_interval_95"][1]
     assert found["models"]["teacher"]["agreement"] == 1
-    assert found["engines"]["onnx"]["agreement_with_eager"] == 1
-    assert found["engines"]["onnx"]["probability_difference_max"] < 1e-4
+    exported = found["engines"]["student"]["onnx"]
+    assert exported["agreement_with_eager"] == 1
+    assert exported["probability_difference_max"] < 1e-4
+    assert exported["size_bytes"] == (run.folder / FILES.onnx).stat().st_size
 
 
 def test_the_table_has_each_model_as_a_column(run: DistillationPipeline) -> None:
@@ -84,7 +86,8 @@ def test_the_student_file_is_the_bare_student(run: DistillationPipeline) -> None
 def test_the_bundle_is_whole_and_sealed(run: DistillationPipeline) -> None:
     bundle = run.folder / "bundle"
     passport = verify(bundle)
-    assert {path.name for path in bundle.iterdir()} == set(dataclasses.asdict(FILES).values())
+    wanted = {FILES.weights, FILES.onnx, FILES.contract, FILES.report, FILES.golden, FILES.passport}
+    assert {path.name for path in bundle.iterdir()} == wanted
     assert passport["evidence"]["experiment"] == run.experiment.to_dict()
     assert passport["evidence"]["metrics"]["accuracy"] == report.read(run.folder)["models"]["student"]["accuracy"]
     contract = Contract.read(bundle / FILES.contract)
@@ -102,12 +105,12 @@ def test_the_golden_payloads_are_test_images_with_the_students_logits(run: Disti
 
 
 def test_onnx_takes_any_batch(run: DistillationPipeline) -> None:
-    session = onnx_session(run.folder / FILES.onnx)
+    forward = ENGINES["onnx"].load(run.folder / FILES.onnx, Setup(run.contract))
     student = run.load("student")
     for count in (1, 3, 100):
         images = run.dataset.test.images[:count]
         with torch.inference_mode():
-            torch.testing.assert_close(onnx_logits(session, images), student(images), rtol=1e-4, atol=1e-4)
+            torch.testing.assert_close(measure.answers(forward, images), student(images), rtol=1e-4, atol=1e-4)
 
 
 def test_a_second_run_does_nothing(run: DistillationPipeline) -> None:

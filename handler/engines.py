@@ -1,0 +1,174 @@
+"""Engines: what computes a student's logits. One function each: its file in, a function of pixels out.
+
+B images, C channels, H and W pixels, K classes; images are uint8 `[B, C, H, W]`, logits float32 `[B, K]`.
+"""
+
+import logging
+import lzma
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.export import ExportedProgram
+from torch.export.passes import move_to_device_pass
+
+from handler.bundle import FILES
+from handler.contract import Contract
+from handler.errors import BundleError, SettingsError
+from handler.networks import build
+from handler.widths import fit
+
+Pixels = NDArray[np.uint8]
+Logits = NDArray[np.float32]
+Forward = Callable[[Pixels], Logits]
+INT8 = "onnx-int8"
+PROCESSOR = "processor"
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What an engine is loaded for."""
+
+    contract: Contract
+    device: str = "cpu"
+    threads: int = 1
+
+
+@dataclass(frozen=True)
+class Engine:
+    """Which file of a bundle it runs, how that is loaded, and on which devices.
+
+    `tolerance` is by how much a probability may differ from what this engine said where it was exported. In floating
+    point only the order of sums differs between machines; integer kernels round where they please.
+    """
+
+    file: str
+    load: Callable[[Path, Setup], Forward]
+    devices: tuple[str, ...] = ("cpu", "cuda")
+    tolerance: float = 1e-3
+
+
+def _eager(path: Path, setup: Setup) -> Forward:
+    """The state dict in its PyTorch network: the reference that every other engine must agree with."""
+    contract = setup.contract
+    size = contract.height, contract.width
+    try:
+        network = build(contract.network, channels=contract.channels, size=size, classes=len(contract.labels))
+    except SettingsError as error:
+        raise BundleError(f"engine eager: {error}; the exported engines can serve other networks") from None
+    try:
+        fit(network, torch.load(path, map_location="cpu", weights_only=True))
+    except Exception as error:  # torch raises whatever the unpickler met
+        raise BundleError(f"{path}: not the weights of '{contract.network}': {line(error)}") from error
+    return on_torch(network.eval().requires_grad_(False).to(setup.device), setup.device)
+
+
+def _exported(path: Path, setup: Setup) -> Forward:
+    """The program of torch.export: the network without its Python code."""
+    try:
+        program = read_program(path)
+    except Exception as error:
+        raise BundleError(f"{path}: torch.export cannot load it: {line(error)}") from error
+    return on_torch(move_to_device_pass(program, setup.device).module(), setup.device)
+
+
+def _compiled(path: Path, setup: Setup) -> Forward:
+    """The package of AOTInductor: machine code for the kind of processor that compiled it."""
+    try:
+        package = torch._inductor.aoti_load_package(str(path))
+    except Exception as error:
+        raise BundleError(f"{path}: AOTInductor cannot load it here: {line(error)}") from error
+    made, here = package.get_metadata().get(PROCESSOR), torch.backends.cpu.get_cpu_capability()
+    if made != here:  # it would die of an illegal instruction
+        raise BundleError(f"{path}: compiled for a processor with {made}; this one has {here}")
+    return on_torch(package, setup.device)
+
+
+def _torchscript(path: Path, setup: Setup) -> Forward:
+    """TorchScript: upstream has deprecated it; what runs it today goes on running it."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of the class that torch deprecates it by
+            module = torch.jit.load(path, map_location=setup.device)  # type: ignore[no-untyped-call]
+    except Exception as error:
+        raise BundleError(f"{path}: TorchScript cannot load it: {line(error)}") from error
+    return on_torch(module, setup.device)
+
+
+def _onnx(path: Path, setup: Setup) -> Forward:
+    """ONNX Runtime: for small networks several times faster than eager on a CPU. A name that ends in .xz is packed."""
+    return _session(path, setup, "CPUExecutionProvider")
+
+
+def _tensorrt(path: Path, setup: Setup) -> Forward:
+    """ONNX Runtime's TensorRT, on an NVIDIA GPU; it compiles while it warms up."""
+    return _session(path, setup, "TensorrtExecutionProvider")
+
+
+def _session(path: Path, setup: Setup, provider: str) -> Forward:
+    try:
+        import onnxruntime  # a worker that runs eager need not have it
+    except ImportError:
+        raise BundleError("onnxruntime is not installed; install it, or set engine: eager") from None
+    if provider not in onnxruntime.get_available_providers():
+        raise BundleError(f"{provider}: not in this onnxruntime; install onnxruntime-gpu where there is a GPU")
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads, options.inter_op_num_threads = setup.threads, 1
+    # Threads that wait by spinning take the cores from the other workers and from the server.
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    where = {} if setup.device == "cpu" else {"device_id": setup.device.rpartition(":")[2]}
+    try:
+        model = path.read_bytes()
+        model = lzma.decompress(model) if path.suffix == ".xz" else model
+        session = onnxruntime.InferenceSession(model, options, providers=[(provider, where)], enable_fallback=0)
+    except Exception as error:  # ONNX Runtime has no common class of its errors
+        raise BundleError(f"{path}: ONNX Runtime cannot load it: {line(error)}") from error
+    name = session.get_inputs()[0].name
+
+    def forward(images: Pixels) -> Logits:
+        logits: Logits = session.run(None, {name: images})[0]
+        return logits
+
+    return forward
+
+
+ENGINES = {
+    "eager": Engine(FILES.weights, _eager),
+    "onnx": Engine(FILES.onnx, _onnx, devices=("cpu",)),
+    INT8: Engine(FILES.onnx_int8, _onnx, devices=("cpu",), tolerance=0.1),
+    "tensorrt": Engine(FILES.onnx, _tensorrt, devices=("cuda",)),
+    "exported": Engine(FILES.exported, _exported),
+    "compiled": Engine(FILES.compiled, _compiled, devices=("cpu",)),
+    "torchscript": Engine(FILES.torchscript, _torchscript),
+}
+
+
+def on_torch(module: Callable[[Tensor], Tensor], device: str) -> Forward:
+    """A PyTorch module, which is on `device`, as a function of arrays."""
+
+    def forward(images: Pixels) -> Logits:
+        with torch.inference_mode():
+            logits: Logits = module(torch.from_numpy(images).to(device)).float().cpu().numpy()
+        return logits
+
+    return forward
+
+
+def read_program(path: Path) -> ExportedProgram:
+    """What torch.export.save wrote; the errors are torch's, of any class."""
+    log = logging.getLogger("torch.export")
+    log.disabled = True  # it would print the traceback of what is one line here
+    try:
+        return torch.export.load(path)
+    finally:
+        log.disabled = False
+
+
+def line(error: Exception) -> str:
+    """The error's text in one line."""
+    return " ".join(f"{type(error).__name__}: {error}".split())[:300]
