@@ -97,6 +97,12 @@ def separable(channels: int, size: tuple[int, int], classes: int) -> Layers:
     return classifier(channels, 16, stages, 128, classes)
 
 
+def separable_wide(channels: int, size: tuple[int, int], classes: int) -> Layers:
+    """Twice as wide, to be pruned: 0.16 M parameters, 8.7 M MACs at 28×28."""
+    stages = staged(SeparableBlock, 32, [(64, 2, 2), (128, 3, 2), (256, 2, 1)])
+    return classifier(channels, 32, stages, 256, classes)
+
+
 def _seed(channels: int, size: tuple[int, int], classes: int, widths: Sequence[int], hidden: int) -> Layers:
     """Convolution, ReLU and 2×2 pooling per width, then two linear layers; the first fits the grid that is left."""
     grid = (size[0] >> len(widths)) * (size[1] >> len(widths))
@@ -119,7 +125,7 @@ def seed_student(channels: int, size: tuple[int, int], classes: int) -> Layers:
     return _seed(channels, size, classes, (16, 32), 64)
 
 
-NETWORKS = {f.__name__: f for f in (residual, separable, seed_teacher, seed_student)}
+NETWORKS = {f.__name__: f for f in (residual, separable, separable_wide, seed_teacher, seed_student)}
 
 
 def build(
