@@ -25,7 +25,7 @@ EXAMPLE = """examples:
   python -m training search training/experiments/quickstart.yaml --minutes 30
   torchrun --standalone --nproc-per-node 2 -m training run training/experiments/quickstart.yaml
 settings: flag > DISTILLERY__SECTION__KEY > file > default; DIST_TEMP, DIST_ALPHA, DIST_EPOCHS, BATCH_SIZE too"""
-STAGE = """run: all stages; prepare: all before the student; compress: what is made of the student, measured; data:
+STAGE = """run: all stages; prepare: all before the student; compress: all that is made of the student; data:
 only fetch it; compare: several experiments, seed by seed; search: the best T, α and weights; or a stage by its name:
 teacher, student, baseline, export, evaluate, bundle, and where the experiment has them teacher2 …, ensemble,
 assistant1 …, synthesize, pruned, sparse, quantized"""

@@ -96,13 +96,13 @@ class DistillationPipeline:
     def run(self, only: str | None = None) -> None:
         """Run every stage that is not done; or the one named, whose inputs must be there; or several.
 
-        `prepare` is all before the student, `compress` what is made of it and measured.
+        `prepare` is all before the student, `compress` all that is made of it.
         """
         stages = {stage.name: stage for stage in self.stages()}
         if only not in (None, PREPARE, COMPRESS, *stages):
             raise SettingsError(f"{only}: not a stage of this experiment: it has {', '.join(stages)}")
         names = list(stages)
-        products = [*self.experiment.compress.products(), "export", "evaluate"]
+        products = [*self.experiment.compress.products(), "export", "evaluate", "bundle"]
         chosen = {None: names, PREPARE: names[: names.index("student")], COMPRESS: products}.get(only, [only])
         self._check_formats()
         self.folder.mkdir(parents=True, exist_ok=True)

@@ -114,7 +114,7 @@ def test_compress_makes_and_measures_products_of_a_finished_run(experiment: Expe
     how = dataclasses.replace(CHAIN, prune=PruneSettings(), sparsify=SparsifySettings(), serve="student")
     pipeline = DistillationPipeline(dataclasses.replace(experiment, compress=how), tmp_path)
     pipeline.run("compress")
-    ran = ["teacher", "student", "export", "evaluate", "bundle", "quantized", "export", "evaluate"]
+    ran = ["teacher", "student", "export", "evaluate", "bundle", "quantized", "export", "evaluate", "bundle"]
     assert stages_run(pipeline) == ran
     assert list(report.read(pipeline.folder)["engines"]) == ["teacher", "student", "quantized"]
 
