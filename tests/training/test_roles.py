@@ -1,6 +1,7 @@
 """Who is trained on what, and who teaches whom: ensembles, assistants, given teachers, partly labelled data."""
 
 import dataclasses
+import itertools
 import json
 from pathlib import Path
 from typing import Any
@@ -41,12 +42,20 @@ def run(experiment: Experiment, folder: Path, only: str | None = None) -> Distil
     return pipeline
 
 
+def trained(experiment: Experiment, folder: Path) -> DistillationPipeline:
+    """All that is trained; measuring it would take longer and say nothing more here."""
+    pipeline = DistillationPipeline(experiment, folder)
+    for name in itertools.takewhile(lambda name: name != "export", stage_names(pipeline)):
+        pipeline.run(name)
+    return pipeline
+
+
 def ran(pipeline: DistillationPipeline) -> list[str]:
     return [json.loads(line)["stage"] for line in (pipeline.folder / "history.jsonl").read_text().splitlines()]
 
 
 def test_assistants_stand_between_teacher_and_student(experiment: Experiment, tmp_path: Path) -> None:
-    done = run(changed(experiment, assistants=[TINY, TINY], baseline=True), tmp_path)
+    done = trained(changed(experiment, assistants=[TINY, TINY], baseline=True), tmp_path)
     assert ran(done)[:5] == ["teacher", "assistant1", "assistant2", "student", "baseline"]
     taught = {role: done.roles.teachers_of(role) for role in done.experiment.roles()}
     assert taught == {"teacher": [], "assistant1": ["teacher"], "assistant2": ["assistant1"], "student": ["assistant2"]}
@@ -93,7 +102,7 @@ def test_a_bank_is_shared_by_all_runs_with_the_same_teacher_and_views(experiment
     given = {"teacher": {"weights": str(first.folder / "teacher.pt")}}
     banks = list((tmp_path / "banks").glob("*.npy"))
     before = [path.stat().st_mtime_ns for path in banks]
-    run(changed(experiment, bank=True, name="second", objective={"temperature": 2.0}, **given), tmp_path)
+    trained(changed(experiment, bank=True, name="second", objective={"temperature": 2.0}, **given), tmp_path)
     assert [path.stat().st_mtime_ns for path in (tmp_path / "banks").glob("*.npy")] == before
     assert len(banks) == 1
     run(changed(experiment, bank=True, name="third", views={"shift": 1, "flip": False}, **given), tmp_path, "prepare")
@@ -135,7 +144,7 @@ def test_a_given_file_that_changed_is_taken_anew(experiment: Experiment, tmp_pat
 
 def test_self_distillation_starts_from_an_earlier_student(experiment: Experiment, tmp_path: Path) -> None:
     """Born again: the teacher is the student of the run before, and that of a checkpoint too."""
-    first = run(experiment, tmp_path)
+    first = trained(experiment, tmp_path)
     for file in ("student.pt", "student.checkpoint.pt"):
         if file.endswith("checkpoint.pt"):
             torch.save({"network": first.load("student").state_dict(), "key": "k"}, first.folder / file)
@@ -183,7 +192,7 @@ def test_labels_alone_have_the_budget_of_all_images(
             super().__init__(network, job)
 
     monkeypatch.setattr(training.pipeline, "Trainer", Noting)
-    done = run(changed(experiment, data={"labelled": 40}, **change), tmp_path)
+    done = trained(changed(experiment, data={"labelled": 40}, **change), tmp_path)
     role = "baseline" if "baseline" in change else "student"
     assert len(done.roles.split(role)) == 40
     assert steps == dict.fromkeys(steps, 256 // 32) and role in steps
@@ -206,7 +215,7 @@ def test_features_reach_the_objective_through_the_pipeline(experiment: Experimen
         {"objective": "hint", "weight": 1.0, "layers": {"stage1": "stage1"}},
         {"objective": "similarity", "weight": 1.0, "layers": {"stage2": "stage2"}},
     ]
-    done = run(changed(experiment, objective={"terms": terms}), tmp_path)
+    done = trained(changed(experiment, objective={"terms": terms}), tmp_path)
     line = json.loads((done.folder / "student.history.jsonl").read_text().splitlines()[-1])
     assert {"hard", "hint", "similarity", "loss"} <= set(line)
     assert list(torch.load(done.folder / "student.pt", weights_only=True)) == list(
@@ -256,7 +265,7 @@ def test_key_of_a_teacher_is_not_the_students(experiment: Experiment, tmp_path: 
 
 def test_a_student_may_see_synthesized_images_alone(experiment: Experiment, tmp_path: Path) -> None:
     wanted = changed(experiment, synthesis={"images": 64, "steps": 2}, objective={"alpha": 1.0}, bank=True)
-    done = run(wanted, tmp_path)
+    done = trained(wanted, tmp_path)
     assert ran(done)[:3] == ["teacher", "synthesize", "student"]
     made = torch.load(done.folder / "synthetic.pt", weights_only=True)
     assert made["images"].shape == (64, 1, 8, 8)
