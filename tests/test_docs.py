@@ -5,6 +5,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import jsonschema
 import pytest
@@ -12,7 +13,7 @@ import pytest
 from handler.settings import load
 from training.config import Experiment
 from training.reading import read_experiment
-from training.report import table
+from training.report import products_table, table
 
 README = Path("README.md").read_text()
 RESULTS = sorted(Path("docs/results").glob("*.json"))
@@ -51,6 +52,50 @@ def test_the_readmes_methods_are_the_committed_comparisons() -> None:
     for name in ("kd", "best", "dist", "dkd"):
         assert f"{gains[name]:.2f}" in stated
     assert gains["label_smoothing"] < 0.05
+
+
+@pytest.fixture(scope="module")
+def chain() -> dict[str, Any]:
+    """The committed report of the whole chain of compression."""
+    found: dict[str, Any] = json.loads(Path("docs/results/chain.json").read_text())
+    return found
+
+
+def test_the_chain_is_as_small_as_accurate_and_as_fast_as_is_said(chain: dict[str, Any]) -> None:
+    teacher, best = chain["engines"]["teacher"]["eager"], chain["engines"]["quantized"]["onnx-int8"]
+    one = [found["latency_ms"]["cpu"]["1"]["p50"] for found in (teacher, best)]
+    assert 100 * best["size_bytes"] <= teacher["size_bytes"]
+    assert best["accuracy"] >= 0.99 * teacher["accuracy"]
+    assert 20 * one[1] <= one[0]
+    stated = README.split("## Smaller still")[1].split("## ")[0]
+    figures = [f"{found['size_bytes']:,}" for found in (teacher, best)]
+    figures += [f"{100 * found['accuracy']:.2f}" for found in (teacher, best)]
+    figures += [f"{teacher['size_bytes'] / best['size_bytes']:.0f} ×", f"{one[0] / one[1]:.0f} ×", chain["command"]]
+    for figure in figures:
+        assert figure in stated
+    assert products_table(chain) in Path("docs/guide/compression.md").read_text()
+
+
+def test_every_engine_of_the_chain_answers_as_pytorch_does(chain: dict[str, Any]) -> None:
+    found = {role: engines for role, engines in chain["engines"].items() if len(engines) > 1}
+    assert list(found) == ["student", "pruned", "sparse", "quantized"]
+    for role, engines in found.items():
+        assert list(engines) == ["eager", "onnx", "onnx-int8", "exported", "compiled", "torchscript"]
+        for name, figures in engines.items():
+            if name == "onnx-int8":
+                allowed = 0.003 if role == "quantized" else 0.007
+                assert figures["accuracy"] >= engines["eager"]["accuracy"] - allowed, role
+            else:
+                assert figures["agreement_with_eager"] >= 0.9999, (role, name)
+                assert figures["probability_difference_max"] <= 1e-4, (role, name)
+
+
+def test_half_of_the_multiply_accumulates_are_gone_and_it_is_faster(chain: dict[str, Any]) -> None:
+    student, pruned = (chain["models"][role] for role in ("student", "pruned"))
+    assert pruned["macs"] <= 0.5 * student["macs"]
+    assert pruned["accuracy"] >= student["accuracy"] - 0.005
+    whole, half = (chain["engines"][role]["onnx"]["latency_ms"]["cpu"]["1"]["p50"] for role in ("student", "pruned"))
+    assert half <= whole / 1.5
 
 
 COMPARISONS = {
