@@ -92,8 +92,9 @@ def test_the_bundle_holds_the_product_that_is_to_be_served(run: DistillationPipe
     assert served.keys() == quantized.keys() and all(torch.equal(served[name], quantized[name]) for name in served)
     assert (bundle / FILES.onnx_int8).read_bytes() == (run.folder / "quantized.int8.onnx.xz").read_bytes()
     contract = Contract.read(bundle / FILES.contract)
+    threads = torch.get_num_threads()  # which loading a model sets, and the bits of a later training depend on
     for engine in ("eager", "onnx", INT8):
-        model, _ = load_model(bundle, contract, HandlerSettings(engine=engine), 1, None, 1)  # type: ignore[arg-type]
+        model, _ = load_model(bundle, contract, HandlerSettings(engine=engine), threads, None, 1)  # type: ignore[arg-type]
         assert model.predict(run.dataset.test.images[:3].numpy()).shape == (3, 4)
 
 
@@ -101,8 +102,9 @@ def test_a_change_of_the_grid_leaves_what_does_not_stand_on_it(run: Distillation
     done = len(stages_run(run))
     how = dataclasses.replace(CHAIN, quantize=dataclasses.replace(CHAIN.quantize, bits=4))
     changed = DistillationPipeline(dataclasses.replace(run.experiment, compress=how), run.folder.parent)
-    changed.run()
-    assert stages_run(changed)[done:] == ["quantized", "export", "evaluate", "bundle"]
+    for role in ("teacher", "student", *CHAIN.products()):
+        changed.run(role)
+    assert stages_run(changed)[done:] == ["quantized"]
     state = changed.load("quantized").state_dict()
     for name, value in state.items():
         if value.ndim == 4 and "normalize" not in name:
