@@ -6,7 +6,8 @@ import pytest
 from hypothesis import HealthCheck, settings
 
 from serving import archive as archives
-from tests.bundles import random_bundle
+from tests.bundles import random_bundle, random_source
+from training.export import FORMATS
 
 # A busy machine is no failure: examples are bounded in number, not in time.
 settings.register_profile("house", deadline=None, suppress_health_check=[HealthCheck.too_slow])
@@ -23,3 +24,11 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def packed(bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """That bundle as an archive; tests that touch it work on a copy."""
     return archives.pack(bundle, tmp_path_factory.mktemp("store")).path
+
+
+@pytest.fixture(scope="session")
+def compiled(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The student of that bundle compiled, once, for it takes half a minute; needs a C++ compiler."""
+    path = tmp_path_factory.mktemp("compiled") / "student.aoti.pt2"
+    FORMATS["compiled"].write(random_source(), path)
+    return path

@@ -9,7 +9,7 @@ import torch
 
 from tests.bundles import LABELS, random_source
 from training.evaluate import logits_of
-from training.export import FORMATS, Source
+from training.export import Source
 
 pytestmark = pytest.mark.skipif(not (shutil.which("cmake") and shutil.which("g++")), reason="no cmake or no compiler")
 
@@ -33,21 +33,14 @@ def student() -> Source:
     return random_source()
 
 
-@pytest.fixture(scope="module")
-def package(student: Source, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("package") / "student.aoti.pt2"
-    FORMATS["compiled"].write(student, path)
-    return path
-
-
-def test_a_raw_image_gets_pythons_answer(classify: Path, package: Path, student: Source, tmp_path: Path) -> None:
+def test_a_raw_image_gets_pythons_answer(classify: Path, compiled: Path, student: Source, tmp_path: Path) -> None:
     answers = logits_of(student.network, student.calibration)
     firsts = {int(index): i for i, index in reversed(list(enumerate(answers.argmax(1))))}
     assert len(firsts) > 1, "the images are all answered alike, which proves little"
     for i in firsts.values():
         image, logits = student.calibration[i], answers[i]
         (tmp_path / "image.raw").write_bytes(image.permute(1, 2, 0).contiguous().numpy().tobytes())
-        done = ran(classify, package, tmp_path / "image.raw")
+        done = ran(classify, compiled, tmp_path / "image.raw")
         assert done.returncode == 0, done.stderr
         label, probability = done.stdout.split()
         expected, index = logits.double().softmax(0).max(0)
@@ -55,13 +48,13 @@ def test_a_raw_image_gets_pythons_answer(classify: Path, package: Path, student:
         assert float(probability) == pytest.approx(expected.item(), abs=1e-5)
 
 
-def test_what_it_cannot_read_is_one_line(classify: Path, package: Path, tmp_path: Path) -> None:
+def test_what_it_cannot_read_is_one_line(classify: Path, compiled: Path, tmp_path: Path) -> None:
     image, garbage = tmp_path / "image.raw", tmp_path / "student.pt2"
     image.write_bytes(b"\0" * 783)
     garbage.write_bytes(b"garbage")
     for given, expected in (
-        ((package, image), "image.raw: expected 784 bytes, got 783"),
-        ((package, tmp_path / "none.raw"), "none.raw: cannot be read"),
+        ((compiled, image), "image.raw: expected 784 bytes, got 783"),
+        ((compiled, tmp_path / "none.raw"), "none.raw: cannot be read"),
         ((garbage, image), "error: "),
         ((tmp_path / "none.pt2", image), "error: "),
     ):

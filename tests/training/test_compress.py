@@ -74,7 +74,7 @@ def test_the_weakest_channels_go() -> None:
     torch.testing.assert_close(logits_of(plain, images), answers)
 
 
-@pytest.mark.parametrize("name", ["separable", "residual", "seed_student"])
+@pytest.mark.parametrize("name", ["separable_wide", "residual", "seed_student"])
 def test_a_pruned_state_dict_brings_its_own_widths(name: str, images: torch.Tensor) -> None:
     network = build(name, channels=1, size=(28, 28), classes=10)
     compress.prune(network, SHAPE, int(0.5 * macs(network, SHAPE)))

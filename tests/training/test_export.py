@@ -41,11 +41,15 @@ def pruned(student: Source) -> Source:
 
 
 @pytest.fixture(scope="module")
-def file(student: Source, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+def file(
+    student: Source, tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest
+) -> Callable[[str], Path]:
     """The student in the format of that name, each written once: some take half a minute."""
 
     @functools.cache
     def written(name: str) -> Path:
+        if name == "compiled":
+            return Path(request.getfixturevalue("compiled"))
         path = tmp_path_factory.mktemp("student") / product("student", name)
         FORMATS[name].write(student, path)
         return path
