@@ -153,6 +153,10 @@ class PruneSettings:
     epochs: int = 4
     learning_rate: float = 0.1
 
+    def roles(self) -> list[str]:
+        """What the rounds make, in their order; the last is what is wanted."""
+        return [*(f"pruned{i}" for i in range(1, self.rounds)), "pruned"] if self.macs < 1 else []
+
 
 @dataclass(frozen=True, kw_only=True)
 class SparsifySettings:
@@ -192,8 +196,8 @@ class CompressSettings:
 
     def products(self) -> dict[str, PruneSettings | SparsifySettings | QuantizeSettings]:
         """What is made of the student by further training, and how: pruned (in rounds), sparse, quantized."""
-        rounds = [*(f"pruned{i}" for i in range(1, self.prune.rounds)), "pruned"] if self.prune.macs < 1 else []
-        made: dict[str, PruneSettings | SparsifySettings | QuantizeSettings] = dict.fromkeys(rounds, self.prune)
+        made: dict[str, PruneSettings | SparsifySettings | QuantizeSettings] = {}
+        made |= dict.fromkeys(self.prune.roles(), self.prune)
         if self.sparsify.zeros:
             made["sparse"] = self.sparsify
         if self.quantize.epochs:
@@ -202,8 +206,7 @@ class CompressSettings:
 
     def exported(self) -> list[str]:
         """The roles that are exported to `formats`: the student, and what came of it in the end."""
-        rounds = {f"pruned{i}" for i in range(1, self.prune.rounds)}
-        return ["student", *(role for role in self.products() if role not in rounds)]
+        return ["student", *(role for role in self.products() if role not in self.prune.roles()[:-1])]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -12,7 +12,6 @@ import sys
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import TypeVar
 
 import numpy as np
 import psutil
@@ -25,9 +24,9 @@ from handler.engines import ENGINES, Forward, Setup
 from handler.errors import DistilleryError
 from handler.settings import load
 from training import evaluate
+from training.evaluate import Key
 
 BATCHES = (1, 32, 128)
-Key = TypeVar("Key")
 
 
 def answers(forward: Forward, images: Tensor, batch: int = 500) -> Tensor:

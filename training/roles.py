@@ -107,7 +107,7 @@ class Roles:
         elif role == "quantized":
             compress.put_on_grid(network, how.quantize.bits)
         else:
-            rounds = [name for name in self.experiment.roles() if name.startswith("pruned")]
+            rounds = how.prune.roles()
             share = how.prune.macs ** ((rounds.index(role) + 1) / len(rounds))
             whole = macs(self._load_one("student"), self.dataset.shape)
             compress.prune(network, self.dataset.shape, int(share * whole))

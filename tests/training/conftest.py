@@ -1,5 +1,6 @@
 """A data set that a small network learns in a second: the class is the quadrant that is bright."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,7 @@ import yaml
 from training import data
 from training.config import Experiment
 from training.data import Dataset, Split
+from training.pipeline import DistillationPipeline
 from training.reading import read_experiment
 
 LABELS = ("top left", "top right", "bottom left", "bottom right")
@@ -45,3 +47,15 @@ def experiment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dataset: Dataset
     tree = {"teacher": settings, "student": settings, "views": {"shift": 0, "flip": False}, "device": "cpu"}
     file.write_text(yaml.safe_dump(tree))
     return read_experiment(file, [], {})
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where the one run that a file's tests copy is kept."""
+    return tmp_path_factory.mktemp("finished")
+
+
+def stages_run(pipeline: DistillationPipeline) -> list[str]:
+    """The stages that were run, not skipped, in their order."""
+    path = pipeline.folder / "history.jsonl"
+    return [json.loads(line)["stage"] for line in path.read_text().splitlines()] if path.exists() else []

@@ -17,17 +17,12 @@ from handler.contract import Contract
 from handler.engines import ENGINES, Setup
 from handler.errors import DistilleryError
 from handler.networks import build
+from tests.training.conftest import stages_run
 from training import measure, report
 from training.config import Experiment
 from training.pipeline import DistillationPipeline
 from training.processes import Processes
 from training.stages import Runner
-
-
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Where the one run that the tests copy is kept."""
-    return tmp_path_factory.mktemp("finished")
 
 
 @pytest.fixture
@@ -37,11 +32,6 @@ def run(experiment: Experiment, tmp_path: Path, finished: Path) -> DistillationP
     DistillationPipeline(wanted, finished).run()
     shutil.copytree(finished, tmp_path / "runs")
     return DistillationPipeline(wanted, tmp_path / "runs")
-
-
-def stages_run(pipeline: DistillationPipeline) -> list[str]:
-    path = pipeline.folder / "history.jsonl"
-    return [json.loads(line)["stage"] for line in path.read_text().splitlines()] if path.exists() else []
 
 
 ALL = ["teacher", "student", "baseline", "export", "evaluate", "bundle"]

@@ -17,6 +17,7 @@ from handler.model import load_model
 from handler.networks import build
 from handler.settings import HandlerSettings
 from handler.widths import fit
+from tests.training.conftest import stages_run
 from training import report
 from training.config import CompressSettings, Experiment, PruneSettings, QuantizeSettings, SparsifySettings
 from training.evaluate import macs
@@ -32,12 +33,6 @@ CHAIN = CompressSettings(
 )
 
 
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Where the one run that the tests copy is kept."""
-    return tmp_path_factory.mktemp("finished")
-
-
 @pytest.fixture
 def run(experiment: Experiment, tmp_path: Path, finished: Path) -> DistillationPipeline:
     """A finished run of the chain, each test's own copy."""
@@ -45,10 +40,6 @@ def run(experiment: Experiment, tmp_path: Path, finished: Path) -> DistillationP
     DistillationPipeline(wanted, finished).run()
     shutil.copytree(finished, tmp_path / "runs")
     return DistillationPipeline(wanted, tmp_path / "runs")
-
-
-def stages_run(pipeline: DistillationPipeline) -> list[str]:
-    return [json.loads(line)["stage"] for line in (pipeline.folder / "history.jsonl").read_text().splitlines()]
 
 
 def test_products_are_made_in_the_order_of_the_chain(run: DistillationPipeline) -> None:

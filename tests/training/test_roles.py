@@ -13,6 +13,7 @@ from torch import nn
 import training.pipeline
 from handler.bundle import file_digest
 from handler.errors import DistilleryError, SettingsError
+from tests.training.conftest import stages_run
 from training.bank import Bank
 from training.config import Experiment
 from training.loop import Job, Trainer
@@ -50,13 +51,9 @@ def trained(experiment: Experiment, folder: Path) -> DistillationPipeline:
     return pipeline
 
 
-def ran(pipeline: DistillationPipeline) -> list[str]:
-    return [json.loads(line)["stage"] for line in (pipeline.folder / "history.jsonl").read_text().splitlines()]
-
-
 def test_assistants_stand_between_teacher_and_student(experiment: Experiment, tmp_path: Path) -> None:
     done = trained(changed(experiment, assistants=[TINY, TINY], baseline=True), tmp_path)
-    assert ran(done)[:5] == ["teacher", "assistant1", "assistant2", "student", "baseline"]
+    assert stages_run(done)[:5] == ["teacher", "assistant1", "assistant2", "student", "baseline"]
     taught = {role: done.roles.teachers_of(role) for role in done.experiment.roles()}
     assert taught == {"teacher": [], "assistant1": ["teacher"], "assistant2": ["assistant1"], "student": ["assistant2"]}
     found = done.roles.teacher("student", done.dataset.train)
@@ -71,7 +68,7 @@ def test_an_ensemble_teaches_as_the_mean_of_its_predictions(
 ) -> None:
     ensemble = {"members": [TINY, {**TINY, "network": "seed_teacher"}], "weights": weights}
     done = run(changed(experiment, ensemble=ensemble), tmp_path)
-    assert ran(done)[:5] == ["teacher", "teacher2", "teacher3", "ensemble", "student"]
+    assert stages_run(done)[:5] == ["teacher", "teacher2", "teacher3", "ensemble", "student"]
     shares = json.loads((done.folder / "ensemble.json").read_text())["shares"]
     assert sum(shares) == pytest.approx(1, abs=1e-5)
     images = done.dataset.test.images
@@ -139,7 +136,7 @@ def test_a_given_file_that_changed_is_taken_anew(experiment: Experiment, tmp_pat
     state = torch.load(file, weights_only=True)
     torch.save({name: value + 1 if value.is_floating_point() else value for name, value in state.items()}, file)
     again = run(given, tmp_path, "teacher")
-    assert ran(again) == ["teacher", "teacher"]
+    assert stages_run(again) == ["teacher", "teacher"]
 
 
 def test_self_distillation_starts_from_an_earlier_student(experiment: Experiment, tmp_path: Path) -> None:
@@ -266,7 +263,7 @@ def test_key_of_a_teacher_is_not_the_students(experiment: Experiment, tmp_path: 
 def test_a_student_may_see_synthesized_images_alone(experiment: Experiment, tmp_path: Path) -> None:
     wanted = changed(experiment, synthesis={"images": 64, "steps": 2}, objective={"alpha": 1.0}, bank=True)
     done = trained(wanted, tmp_path)
-    assert ran(done)[:3] == ["teacher", "synthesize", "student"]
+    assert stages_run(done)[:3] == ["teacher", "synthesize", "student"]
     made = torch.load(done.folder / "synthetic.pt", weights_only=True)
     assert made["images"].shape == (64, 1, 8, 8)
     assert torch.equal(done.roles.split("student").images, made["images"])
