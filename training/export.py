@@ -60,7 +60,8 @@ def to_onnx(source: Source, path: Path) -> None:
 def to_onnx_int8(source: Source, path: Path) -> None:
     """ONNX with int8 weights, one scale per output channel, and uint8 features of calibrated ranges; packed.
 
-    By ONNX Runtime's static quantizer, whose kernels run it (Jacob et al. 2018, arXiv:1712.05877, eq. 3 and 12).
+    By ONNX Runtime's static quantizer, whose kernels run it (Jacob et al. 2018, arXiv:1712.05877, eq. 3 and 12). In
+    operators of integers, which is what the runtime makes of the other notation, that has a scale per bias besides.
     """
     if len(source.calibration) < LEAST:
         raise DistilleryError(f"calibration: expected at least {LEAST} images, got {len(source.calibration)}")
@@ -72,6 +73,7 @@ def to_onnx_int8(source: Source, path: Path) -> None:
             prepared,
             small,
             _Images(source.calibration),
+            quant_format=quantization.QuantFormat.QOperator,
             per_channel=True,
             weight_type=quantization.QuantType.QInt8,
             activation_type=quantization.QuantType.QUInt8,
