@@ -228,9 +228,10 @@ class DistillationPipeline:
 
     def _run_evaluate(self, key: str) -> None:
         e = self.experiment
-        names = ["teacher", "student", *(["baseline"] if e.baseline else []), *e.compress.exported()[1:]]
+        alone = [f"teacher{i}" for i in range(1, len(e.teachers()) + 1)] if e.ensemble.members else []
+        names = ["teacher", *alone, "student", *(["baseline"] if e.baseline else []), *e.compress.exported()[1:]]
         trained = {role: self.load(role) for role in names}
-        parts = {role: [role] for role in names} | {"teacher": list(e.teachers())}
+        parts = {role: [role] for role in names} | {"teacher": list(e.teachers()), "teacher1": ["teacher"]}
         files = {role: [self.folder / self.roles.file(part) for part in parts[role]] for role in names}
         report.write(self.folder, e, self.dataset, trained, files, self.contract, self.device, self.command)
 

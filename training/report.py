@@ -66,7 +66,7 @@ def write(
             advance()
     models = {
         role: {
-            "network": (experiment.teacher if role == "teacher" else experiment.student).network,
+            "network": _network(experiment, role),
             **evaluate.quality(logits[role], test.labels, dataset.labels, logits["teacher"]),
             "parameters": sum(p.numel() for p in network.parameters()),
             "size_bytes": sum(path.stat().st_size for path in files[role]),
@@ -85,6 +85,14 @@ def write(
     plots.reliability({role: model["reliability"] for role, model in first.items()}, folder / RELIABILITY)
     plots.trade_off(report["engines"], folder / TRADE_OFF)
     save_json(report, folder / FILES.report)
+
+
+def _network(experiment: Experiment, role: str) -> str:
+    """The name of the role's network; `teacher1` and so on are those of an ensemble, each alone."""
+    if not role.startswith("teacher"):
+        return experiment.student.network
+    teachers = list(experiment.teachers().values())
+    return teachers[int(role.removeprefix("teacher") or 1) - 1].network
 
 
 def _engines(

@@ -118,11 +118,14 @@ class Roles:
         return network
 
     def load(self, role: str) -> nn.Module:
-        """The finished network of the role, on the CPU; for `teacher`, the whole ensemble where there is one."""
+        """The finished network of the role, on the CPU.
+
+        Where there is an ensemble, `teacher` is all of it, and `teacher1` the first of it alone.
+        """
         if role == "teacher" and self.experiment.ensemble.members:
             found: nn.Module = Mixture([self._load_one(name) for name in self.experiment.teachers()], self.shares())
         else:
-            found = self._load_one(role)
+            found = self._load_one("teacher" if role == "teacher1" else role)
         return found.eval()
 
     def _load_one(self, role: str) -> nn.Module:

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import jsonschema
 import pytest
 import torch
 from torch import nn
@@ -14,6 +15,7 @@ import training.pipeline
 from handler.bundle import file_digest
 from handler.errors import DistilleryError, SettingsError
 from tests.training.conftest import stages_run
+from training import evaluate, report
 from training.bank import Bank
 from training.config import Experiment
 from training.loop import Job, Trainer
@@ -77,7 +79,12 @@ def test_an_ensemble_teaches_as_the_mean_of_its_predictions(
         mixed = done.load("teacher")(images).softmax(1)
     torch.testing.assert_close(mixed, sum(w * p for w, p in zip(shares, members, strict=True)))
     sizes = sum((done.folder / f"teacher{n}.pt").stat().st_size for n in ("", 2, 3))
-    assert json.loads((done.folder / "report.json").read_text())["models"]["teacher"]["size_bytes"] == sizes
+    models = json.loads((done.folder / "report.json").read_text())["models"]
+    jsonschema.validate(report.read(done.folder), json.loads(Path("training/report.schema.json").read_text()))
+    assert models["teacher"]["size_bytes"] == sizes == sum(models[f"teacher{n}"]["size_bytes"] for n in (1, 2, 3))
+    alone = [evaluate.accuracy(member, done.dataset.test.labels) for member in members]
+    assert [models[f"teacher{n}"]["accuracy"] for n in (1, 2, 3)] == pytest.approx(alone)
+    assert [models[f"teacher{n}"]["network"] for n in (1, 3)] == [experiment.teacher.network, "seed_teacher"]
 
 
 def test_members_without_a_seed_have_one_of_their_own(experiment: Experiment) -> None:
