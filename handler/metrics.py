@@ -20,6 +20,7 @@ def emit(sink: Any, outcomes: Mapping[str, int]) -> None:
     if sink is None:
         return
     try:
+        sink.request_ids = {}  # else TorchServe writes those of all requests behind each metric
         _add(sink, REQUESTS, sum(outcomes.values()))
         for outcome, count in outcomes.items():
             _add(sink, OUTCOMES[outcome], count)
@@ -28,5 +29,5 @@ def emit(sink: Any, outcomes: Mapping[str, int]) -> None:
 
 
 def _add(sink: Any, name: str, count: int) -> None:
-    # Index 0 puts one request id on the line instead of all; the list is ours, for TorchServe appends to its default.
+    # With an index it is a metric of the model; the list is ours, for TorchServe appends to its default.
     sink.add_counter(name, count, 0, [])

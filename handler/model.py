@@ -7,6 +7,7 @@ import io
 import json
 import logging
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 from zipfile import BadZipFile
@@ -43,8 +44,9 @@ class ModelInterface(Protocol):
 class Student:
     """The student of `root` in one of the engines; BundleError when that cannot be loaded here."""
 
-    def __init__(self, root: Path, contract: Contract, engine: str, device: str, threads: int) -> None:
-        self.engine, self.device, self.contract = engine, device, contract
+    def __init__(self, root: Path, contract: Contract, choice: "Choice", threads: int) -> None:
+        engine, device = choice.engine, choice.device
+        self.engine, self.device, self.micro_batch, self.contract = engine, device, choice.micro_batch, contract
         path = root / ENGINES[engine].file
         if not path.is_file():
             there = ", ".join(name for name, other in ENGINES.items() if (root / other.file).is_file())
@@ -58,16 +60,29 @@ class Student:
 
     def predict(self, images: Pixels) -> Logits:
         """Logits float32 `[B, K]` of uint8 `[B, C, H, W]`."""
-        return self.forward(images)
+        size = self.micro_batch
+        if len(images) <= size:
+            return self.forward(images)
+        return np.concatenate([self.forward(images[i : i + size]) for i in range(0, len(images), size)])
+
+
+@dataclass(frozen=True)
+class Choice:
+    """Which engine, where, how many images it is given at a time, and why."""
+
+    engine: str
+    device: str
+    micro_batch: int
+    why: str
 
 
 def choose(
     settings: HandlerSettings, evidence: Mapping[str, Any], network: str, gpu_id: int | None, batch: int
-) -> tuple[str, str, str]:
-    """Engine, device, and why.
+) -> Choice:
+    """The engine for the settings, and its micro-batch: the size up to `batch` at which an image took it least.
 
-    Auto is the engine that was measured fastest on this kind of device, per image in batches of up to `batch`, of
-    those whose accuracy is at most `settings.accuracy_loss` below eager's; the first where nothing was measured.
+    Auto is the engine that was measured fastest on this kind of device, per image at its best such size, of those
+    whose accuracy is at most `settings.accuracy_loss` below eager's; the first where nothing was measured.
     `evidence` is the report's part on engines. A `network` that is none of ours cannot run in eager.
     """
     kind = "cpu" if gpu_id is None or not torch.cuda.is_available() else "cuda"
@@ -75,26 +90,27 @@ def choose(
     def on(name: str) -> str:
         return f"cuda:{gpu_id}" if kind == "cuda" and kind in ENGINES[name].devices else "cpu"
 
+    def choice(name: str, why: str) -> Choice:
+        size = speeds[name][1] if name in speeds else batch
+        return Choice(name, on(name), settings.micro_batch or size, why)
+
+    latencies = {name: found.get("latency_ms", {}).get(kind, {}) for name, found in evidence.items()}
+    speeds = {name: best for name, found in latencies.items() if (best := _ms_an_image(found, batch))}
     if settings.engine != "auto":
-        return settings.engine, on(settings.engine), "the settings name it"
+        return choice(settings.engine, "the settings name it")
     least = evidence.get("eager", {}).get("accuracy", 0) - settings.accuracy_loss
-    able = {name: found for name, found in evidence.items() if name in ENGINES and found["accuracy"] >= least}
-    if network not in NETWORKS:
-        able.pop("eager", None)
-    speeds = {name: _ms_an_image(found["latency_ms"].get(kind, {}), batch) for name, found in able.items()}
-    measured = {name: ms for name, ms in speeds.items() if ms is not None}
+    able = [name for name, found in evidence.items() if name in ENGINES and found["accuracy"] >= least]
+    able = [name for name in able if name != "eager" or network in NETWORKS]
+    measured = [name for name in able if name in speeds]
     if not measured:
-        name = next(iter(able), "eager")
-        return name, on(name), f"auto: no engine was measured on {kind}"
-    name = min(measured, key=measured.__getitem__)
-    text = ", ".join(f"{name} {ms:.3f}" for name, ms in measured.items())
-    return name, on(name), f"auto: the fastest of {text} ms an image"
+        return choice(next(iter(able), "eager"), f"auto: no engine was measured on {kind}")
+    text = ", ".join(f"{name} {speeds[name][0]:.3f}" for name in measured)
+    return choice(min(measured, key=speeds.__getitem__), f"auto: the fastest of {text} ms an image")
 
 
-def _ms_an_image(latencies: Mapping[str, Mapping[str, float]], batch: int) -> float | None:
-    """Milliseconds an image at the largest measured batch size that is at most `batch`."""
-    sizes = [int(size) for size in latencies if int(size) <= batch]
-    return latencies[str(max(sizes))]["p50"] / max(sizes) if sizes else None
+def _ms_an_image(latencies: Mapping[str, Mapping[str, float]], batch: int) -> tuple[float, int] | None:
+    """Milliseconds an image at the measured batch size, of those up to `batch`, where it is least, and that size."""
+    return min(((found["p50"] / int(n), int(n)) for n, found in latencies.items() if int(n) <= batch), default=None)
 
 
 def load_model(
@@ -106,15 +122,14 @@ def load_model(
     says so.
     """
     torch.set_num_threads(threads)
-    evidence = _evidence(root) if settings.engine == "auto" else {}
-    engine, device, why = choose(settings, evidence, contract.network, gpu_id, batch)
+    choice = choose(settings, _evidence(root), contract.network, gpu_id, batch)
     try:
-        return Student(root, contract, engine, device, threads), why
+        return Student(root, contract, choice, threads), choice.why
     except BundleError as error:
-        if not settings.fallback or engine == "eager":
+        if not settings.fallback or choice.engine == "eager":
             raise
         log.error("%s; falling back to eager, as the settings allow", error)
-        return Student(root, contract, "eager", device, threads), f"{engine} cannot be loaded here"
+        return Student(root, contract, replace(choice, engine="eager"), threads), f"{choice.engine} cannot be loaded"
 
 
 def replay(model: ModelInterface, golden: Path, sizes: Iterable[int]) -> float:

@@ -1,13 +1,13 @@
 """The core, which knows no server: a batch of requests in, a batch of answers out, each with a fate of its own.
 
-kind, key ─► look up ─┬─ hits ───────────────────────────────────────────────┬─► head + tail ─► answer
-                      └─ misses ─► one of each ─► decode ─► ONE forward ─► encode ─► store
+kind, key ─► look up ─┬─ hits ────────────────────────────────────────────────────────┬─► head + tail ─► answer
+                      └─ misses ─► one of each ─► decode ─► forward ─► encode ─► store ┘
 """
 
 import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Literal
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal, Optional
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,9 +24,17 @@ if TYPE_CHECKING:  # the protocol lives beside the engines, and those load torch
 
 log = logging.getLogger(__name__)
 Outcome = Literal["HIT", "MISS", "BYPASS", "ERROR"]
+Headers = tuple[tuple[str, str], ...]
+TYPE = ("content-type", "application/json")
+HEADERS: dict[Outcome, Headers] = {
+    "HIT": (TYPE, ("X-Cache", "HIT")),
+    "MISS": (TYPE, ("X-Cache", "MISS")),
+    "BYPASS": (TYPE, ("X-Cache", "BYPASS")),
+    "ERROR": (TYPE,),
+}
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@dataclass(slots=True)
 class Request:
     """One request: its body and Content-Type (lower case, no parameters), or the error that reading it met.
 
@@ -41,14 +49,18 @@ class Request:
     error: ServeError | None = None
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Answer:
-    """What one request gets: HTTP's status, JSON, headers; `outcome` is for the counts."""
+    """What one request gets: HTTP's status, JSON, and what became of it, which says the headers."""
 
     status: int
     body: bytes
-    headers: Mapping[str, str]
     outcome: Outcome
+
+    @property
+    def headers(self) -> Headers:
+        """Names and values."""
+        return HEADERS[self.outcome]
 
 
 @dataclass(slots=True, eq=False)
@@ -62,10 +74,7 @@ class _Work:
     item: codecs.Item | None = None
     head: bytes | None = None
     outcome: Outcome = "MISS"
-    twin: "_Work" = field(init=False)
-
-    def __post_init__(self) -> None:
-        self.twin = self
+    twin: Optional["_Work"] = None
 
 
 class Service:
@@ -98,9 +107,10 @@ class Service:
 
     def _look_up(self, batch: list[_Work]) -> None:
         asking = [work for work in batch if work.request.look_up]
-        self.cache.bypassed += len(batch) - len(asking)
-        for work in batch:
-            work.outcome = "MISS" if work.request.look_up else "BYPASS"
+        if len(asking) < len(batch):
+            self.cache.bypassed += len(batch) - len(asking)
+            for work in batch:
+                work.outcome = "MISS" if work.request.look_up else "BYPASS"
         for work, head in zip(asking, self.cache.look_up([work.key for work in asking]), strict=True):
             if head is not None:
                 work.head, work.outcome = head, "HIT"
@@ -108,11 +118,13 @@ class Service:
     def _compute(self, missed: list[_Work]) -> None:
         first: dict[bytes, _Work] = {}
         for work in missed:
-            work.twin = first.setdefault(work.key, work)
+            lead = first.setdefault(work.key, work)
+            if lead is not work:
+                work.twin = lead
         self.cache.deduplicated += len(missed) - len(first)
         _each(self._decode, first.values())
         self._forward([(work, work.item) for work in first.values() if work.item is not None])
-        fresh = {work.key: work.twin.head for work in missed if work.request.store}
+        fresh = {work.key: first[work.key].head for work in missed if work.request.store}
         self.cache.put({key: head for key, head in fresh.items() if head is not None})
 
     def _decode(self, work: _Work) -> None:
@@ -122,27 +134,26 @@ class Service:
         """Heads for all, from one call of the model; logits that are not finite fail their own request only."""
         if not batch:
             return
-        logits = self.model.predict(np.concatenate([item.images for _, item in batch]))
+        logits = self.model.predict(codecs.stacked([item for _, item in batch], self.contract))
         finite: NDArray[np.bool_] = np.asarray(np.isfinite(logits).all(axis=1))
-        scores = probabilities(np.where(finite[:, np.newaxis], logits, 0))
+        sound = bool(finite.all())
+        scores = probabilities(logits if sound else np.where(finite[:, np.newaxis], logits, 0))
         rows, ids = scores.round(answer.DIGITS).tolist(), scores.argmax(axis=1).tolist()
-        start = 0
+        start, labels = 0, self.contract.labels
         for work, item in batch:
-            end = start + len(item.images)
-            if finite[start:end].all():
-                work.head = answer.head(item.form, rows[start:end], ids[start:end], self.contract.labels)
+            end = start + item.count
+            if sound or finite[start:end].all():
+                work.head = answer.head(item.form, rows[start:end], ids[start:end], labels)
             else:
                 log.error("request %s: the model's logits are not finite", work.request.request_id)
             start = end
 
     def _close(self, work: _Work) -> Answer:
-        head, error = work.twin.head, work.twin.error
-        if head is None:
-            fault = error or Internal()
-            body = answer.error(fault, work.request.request_id)
-            return Answer(fault.status, body, {"content-type": "application/json"}, "ERROR")
-        headers = {"content-type": "application/json", "X-Cache": work.outcome}
-        return Answer(200, head + self.tails[work.outcome], headers, work.outcome)
+        lead = work.twin or work
+        if lead.head is not None:
+            return Answer(200, lead.head + self.tails[work.outcome], work.outcome)
+        fault = lead.error or Internal()
+        return Answer(fault.status, answer.error(fault, work.request.request_id), "ERROR")
 
 
 def _each(step: Callable[[_Work], None], batch: Iterable[_Work]) -> None:

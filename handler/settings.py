@@ -44,12 +44,14 @@ class HandlerSettings:
 
     `engine` auto is the one that was measured fastest on the worker's kind of device, among those whose accuracy is
     at most `accuracy_loss` (0..1) below eager's. `fallback` lets eager serve where that engine cannot be loaded.
+    It is given `micro_batch` images at a time, however many the server hands over; 0 is the size measured as best.
     """
 
     engine: Literal["auto", "eager", "onnx", "onnx-int8", "tensorrt", "exported", "compiled", "torchscript"] = "auto"
     accuracy_loss: float = 0.003
     fallback: bool = False
     threads: int = 0
+    micro_batch: int = 0
     cache: CacheSettings = field(default_factory=CacheSettings)
     limits: LimitSettings = field(default_factory=LimitSettings)
 

@@ -4,40 +4,48 @@ In the archive this file lies at the root, as a module of its own, with `handler
 TorchServe demands exactly one class here.
 """
 
+import functools
 import logging
 import os
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from http import HTTPStatus
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import handler
-from handler import metrics
+from handler import frames, metrics
 from handler.bundle import FILES, verify
 from handler.cache import CacheManager
 from handler.codecs.features import canonical
 from handler.contract import Contract
 from handler.errors import BadInput, BundleError, DistilleryError, Internal, ServeError
+from handler.frames import Message
 from handler.model import load_model, replay
 from handler.service import Answer, Request, Service
 from handler.settings import HandlerSettings, environment, load
 
 log = logging.getLogger(__name__)
+T = TypeVar("T")
+Parts = Sequence[tuple[str, str, Any]]
+"""Name, Content-Type and value of each part of a body."""
+Wishes = tuple[str, bool, bool]
 
 
 class StudentHandler:
     """Serves the student of the archive it lies in."""
 
     service: Service
+    sink: Any
 
     def initialize(self, context: Any) -> None:
         """Verify the archive, load the student and warm it up; raises DistilleryError rather than serve what is off."""
         try:
-            self.service = _service(context)
+            self.service, self.sink = _service(context), context.metrics
         except DistilleryError as error:
             log.error("refused to serve: %s", error)
             raise
+        frames.install(self.exchange)
 
     def handle(self, rows: list[dict[str, Any]], context: Any) -> list[bytes]:
         """TorchServe's call: one row a request in, one body a request out; never raises."""
@@ -47,20 +55,25 @@ class StudentHandler:
 
     def preprocess(self, rows: list[dict[str, Any]], context: Any) -> list[Request]:
         """Rows as requests; one that cannot be read carries its error."""
-        return [_request(row, context, i) for i, row in enumerate(rows)]
+        return [_request_of(row, context, i) for i, row in enumerate(rows)]
 
     def inference(self, requests: list[Request]) -> list[Answer]:
-        """One answer a request, in order."""
-        return self.service.answer(requests)
+        """One answer a request, in order; they are counted in TorchServe's metrics."""
+        answers = self.service.answer(requests)
+        metrics.emit(self.sink, Counter(answer.outcome for answer in answers))
+        return answers
 
     def postprocess(self, answers: list[Answer], context: Any) -> list[bytes]:
-        """The bodies; status and headers go to the context, counts to TorchServe's metrics."""
+        """The bodies; status and headers go to the context."""
         for i, answer in enumerate(answers):
             context.set_response_status(answer.status, HTTPStatus(answer.status).phrase, i)
-            for name, value in answer.headers.items():
+            for name, value in answer.headers:
                 context.set_response_header(i, name, value)
-        metrics.emit(context.metrics, Counter(answer.outcome for answer in answers))
         return [answer.body for answer in answers]
+
+    def exchange(self, batch: list[Message]) -> list[Answer]:
+        """What `handle` does, where `frames` has taken the place of TorchServe's rows and context."""
+        return self.inference([_request(m.request_id, m.parts, _wishes_in_frame, m.headers) for m in batch])
 
 
 def _service(context: Any) -> Service:
@@ -97,21 +110,21 @@ def _cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def _request(row: Mapping[str, Any], context: Any, index: int) -> Request:
-    """One row as a request; whatever is wrong with it stays with it."""
-    request_id = str(context.get_request_id(index))
+def _request_of(row: Mapping[str, Any], context: Any, index: int) -> Request:
+    """One of TorchServe's rows as a request."""
+    headers = context.get_all_request_header(index)
+    parts = [(name, _type_of_part(headers, name), value) for name, value in row.items()]
+    return _request(str(context.get_request_id(index)), parts, _wishes, headers)
+
+
+def _request(request_id: str, parts: Parts, wishes: Callable[[T], Wishes], headers: T) -> Request:
+    """A request out of the parts of its body and its headers; whatever is wrong with it stays with it."""
     try:
-        headers = {name.lower(): value for name, value in context.get_all_request_header(index).items()}
-        name = "data" if "data" in row else "body"
-        content_type = _content_type(headers, name)
-        control = {word.strip().lower() for word in str(headers.get("cache-control", "")).split(",")}
-        return Request(
-            payload=_payload(row, name, content_type),
-            content_type=content_type,
-            request_id=request_id,
-            look_up=control.isdisjoint({"no-cache", "no-store"}),
-            store="no-store" not in control,
-        )
+        own, value = _part(parts)
+        named, look_up, store = wishes(headers)
+        content_type = _media(own) or named
+        payload = _payload(value, content_type)
+        return Request(payload, content_type, request_id, look_up, store)
     except ServeError as error:
         return Request(request_id=request_id, error=error)
     except Exception:
@@ -119,18 +132,40 @@ def _request(row: Mapping[str, Any], context: Any, index: int) -> Request:
         return Request(request_id=request_id, error=Internal())
 
 
-def _content_type(headers: Mapping[str, Any], name: str) -> str:
-    """The part's own content type, else the request's; in lower case, without parameters."""
+def _wishes(headers: Mapping[str, Any]) -> Wishes:
+    """Content type, whether the cache may answer, and whether it may keep the answer."""
+    lower = {name.lower(): value for name, value in headers.items()}
+    control = {word.strip().lower() for word in str(lower.get("cache-control", "")).split(",")}
+    look_up = control.isdisjoint({"no-cache", "no-store"})
+    return _media(str(lower.get("content-type", ""))), look_up, "no-store" not in control
+
+
+@functools.lru_cache(256)  # clients repeat themselves
+def _wishes_in_frame(headers: bytes) -> Wishes:
+    return _wishes(frames.parsed(headers))
+
+
+@functools.lru_cache(256)
+def _media(content_type: str) -> str:
+    """In lower case, without parameters."""
+    return content_type.partition(";")[0].strip().lower()
+
+
+def _type_of_part(headers: Mapping[str, Any], name: str) -> str:
     part = headers.get(name)  # a string if the client sent a header of the part's name
-    own = part.get("content-type") if isinstance(part, dict) else None
-    return str(own or headers.get("content-type", "")).partition(";")[0].strip().lower()
+    return str(part.get("content-type") or "") if isinstance(part, dict) else ""
 
 
-def _payload(row: Mapping[str, Any], name: str, content_type: str) -> bytes:
-    """The bytes of the part; what the server has decoded already is encoded again, so that one way leads on."""
-    if row and name not in row:
-        raise BadInput("empty_body", f"expected a part named 'data', got {sorted(map(str, row))[:3]}")
-    value = row.get(name, b"")
+def _part(parts: Parts) -> tuple[str, Any]:
+    """Type and value of the part that holds the image; of several with one name it is the last."""
+    found = {name: (kind, value) for name, kind, value in parts}
+    if found.keys() and found.keys().isdisjoint({"data", "body"}):
+        raise BadInput("empty_body", f"expected a part named 'data', got {sorted(map(str, found))[:3]}")
+    return found.get("data") or found.get("body") or ("", b"")
+
+
+def _payload(value: Any, content_type: str) -> bytes:
+    """The bytes of a part; what the server has decoded already is encoded again, so that one way leads on."""
     if isinstance(value, bytes | bytearray):
         return bytes(value)
     if isinstance(value, str) and content_type.startswith("text/"):

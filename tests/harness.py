@@ -108,7 +108,7 @@ class Worker:
 
     def ask(self, *posts: Post) -> list[Reply]:
         """One batch over the wire and back; the requests' ids are "id-0", "id-1" and so on."""
-        frame = b"I" + b"".join(_request(f"id-{i}", item) for i, item in enumerate(posts)) + _END
+        frame = b"I" + b"".join(encoded(f"id-{i}", item) for i, item in enumerate(posts)) + END
         command, batch = retrieve_msg(_Socket(frame))
         assert command == b"I"
         return _replies(bytes(self.service.predict(batch)))
@@ -121,19 +121,19 @@ class _Socket:
         self.recv = io.BytesIO(frame).read
 
 
-_END = struct.pack("!i", -1)
+END = struct.pack("!i", -1)
 
 
 def _text(value: bytes) -> bytes:
     return struct.pack("!i", len(value)) + value
 
 
-def _request(request_id: str, item: Post) -> bytes:
+def encoded(request_id: str, item: Post) -> bytes:
     headers = b"".join(_text(name.encode()) + _text(value.encode()) for name, value in item.headers.items())
     parameters = b"".join(
         _text(name.encode()) + _text(kind.encode()) + _text(value) for name, (kind, value) in item.parameters.items()
     )
-    return _text(request_id.encode()) + headers + _END + parameters + _END
+    return _text(request_id.encode()) + headers + END + parameters + END
 
 
 def _replies(frame: bytes) -> list[Reply]:

@@ -26,7 +26,7 @@ from handler.settings import load
 from training import evaluate
 from training.evaluate import Key
 
-BATCHES = (1, 32, 128)
+BATCHES = (1, 4, 8, 32, 128)
 
 
 def answers(forward: Forward, images: Tensor, batch: int = 500) -> Tensor:

@@ -27,6 +27,7 @@ from training.tables import markdown
 
 VERSION = 2
 PLOTS = CURVES, CONFUSION, RELIABILITY, TRADE_OFF = "curves.png", "confusion.png", "reliability.png", "trade_off.png"
+BATCHES = (1, 32, 128)  # of those that are measured, the ones that tables show
 Row = Callable[[dict[str, Any], dict[str, Any]], str]
 """A cell of a table, from a network's figures and its engines'."""
 ROWS: tuple[tuple[str, Row], ...] = (
@@ -169,7 +170,7 @@ def _percents(model: dict[str, Any]) -> list[float]:
 def products_table(report: dict[str, Any]) -> str:
     """Every product beside the others, as a Markdown table."""
     shares = ("accuracy, %", "as eager, %", "as student, %", "ECE, %")
-    lines = [["", *shares, "bytes", "packed", "RSS, MB", *(f"ms, {n}" for n in measure.BATCHES)]]
+    lines = [["", *shares, "bytes", "packed", "RSS, MB", *(f"ms, {n}" for n in BATCHES)]]
     for role, engines in report["engines"].items():
         for name, found in engines.items():
             share = [
@@ -178,9 +179,7 @@ def products_table(report: dict[str, Any]) -> str:
             ]
             size = [f"{found[key]:,}" for key in ("size_bytes", "packed_bytes")]
             memory = f"{found['rss_bytes'] / 1e6:.0f}" if "rss_bytes" in found else "–"
-            lines.append(
-                [f"{role} {name}", *share, *size, memory, *(_latency(engines, name, n) for n in measure.BATCHES)]
-            )
+            lines.append([f"{role} {name}", *share, *size, memory, *(_latency(engines, name, n) for n in BATCHES)])
     return markdown(lines)
 
 

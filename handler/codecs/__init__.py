@@ -1,7 +1,10 @@
 """Wire ↔ item: what a body is, and the pixels in it. One modality a file; `answer` is the way back."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
+
+import numpy as np
 
 from handler.codecs import features, image
 from handler.contract import Contract
@@ -11,12 +14,16 @@ from handler.settings import LimitSettings
 Kind = Literal["raw", "image", "json"]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Item:
-    """The images of one request, uint8 `[N, C, H, W]`, and the key that their answer goes under."""
+    """What is in one request: `count` images, and the key that their answer goes under.
 
-    images: image.Pixels
-    form: str
+    `pixels` are uint8 `[count, C, H, W]`, or the bytes of one image H·W·C as they came.
+    """
+
+    pixels: image.Pixels | bytes
+    form: str = "prediction"
+    count: int = 1
 
 
 def kind_of(payload: bytes, content_type: str, contract: Contract) -> Kind:
@@ -39,8 +46,19 @@ def kind_of(payload: bytes, content_type: str, contract: Contract) -> Kind:
 
 
 def decode(kind: Kind, payload: bytes, contract: Contract, limits: LimitSettings) -> Item:
-    """The pixels of a body; raises ServeError for what is not as the contract says."""
-    if kind == "json":
-        return Item(*features.decode(features.parse(payload), contract, limits))
-    pixels = image.raw(payload, contract) if kind == "raw" else image.decode(payload, contract, limits)
-    return Item(pixels[None], "prediction")
+    """What is in a body; raises ServeError for what is not as the contract says."""
+    if kind == "raw":
+        return Item(payload)
+    if kind == "image":
+        return Item(image.decode(payload, contract, limits)[np.newaxis])
+    pixels, form = features.decode(features.parse(payload), contract, limits)
+    return Item(pixels, form, len(pixels))
+
+
+def stacked(items: Sequence[Item], contract: Contract) -> image.Pixels:
+    """The images of all items, in order, as one contiguous array uint8 `[N, C, H, W]`."""
+    raw = [item.pixels for item in items if isinstance(item.pixels, bytes)]
+    if len(raw) == len(items):  # in one copy
+        return np.array(image.raw(b"".join(raw), contract), order="C")
+    parts = [image.raw(p, contract) if isinstance(p, bytes) else p for p in (item.pixels for item in items)]
+    return np.ascontiguousarray(np.concatenate(parts))

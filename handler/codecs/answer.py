@@ -3,10 +3,12 @@
 import json
 from collections.abc import Mapping, Sequence
 
+import orjson
+
 from handler.errors import ServeError
 
 DIGITS = 9  # decimals of a probability: for 1,000 classes, their sum is 1 within 1e-6
-_encode = json.JSONEncoder(ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode
+_encode = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
 
 
 def head(form: str, rows: Sequence[Sequence[float]], ids: Sequence[int], labels: Sequence[str]) -> bytes:
@@ -14,15 +16,15 @@ def head(form: str, rows: Sequence[Sequence[float]], ids: Sequence[int], labels:
 
     `rows` are the probabilities `[N][K]` of one request's images, `ids` the class of each.
     """
-    return _encode({form: rows, "label": [labels[k] for k in ids], "class_id": ids})[:-1].encode()
+    return orjson.dumps({form: rows, "label": [labels[k] for k in ids], "class_id": ids})[:-1]
 
 
 def tail(source: str, model: Mapping[str, str]) -> bytes:
     """The end of all answers of one model from one source, "model" or "cache"."""
-    return ("," + _encode({"source": source, "model": dict(model)})[1:]).encode()
+    return b"," + orjson.dumps({"source": source, "model": dict(model)})[1:]
 
 
 def error(fault: ServeError, request_id: str) -> bytes:
-    """What a request gets instead; its text may quote the request, whatever that held, so it is made printable."""
+    """What a request gets instead; its text may quote the request, whatever that held, which orjson would refuse."""
     body = {"error": str(fault), "code": fault.code, "request_id": request_id}
     return _encode(body).encode(errors="replace")

@@ -1,11 +1,13 @@
 """JSON → pixels: `{"features": …}`, a bare list, or KServe's `{"instances": …}`. Intensities 0–255 in H·W·C order."""
 
 import base64
+import contextlib
 import json
 from itertools import chain
 from typing import Any
 
 import numpy as np
+import orjson
 
 from handler.codecs import image
 from handler.codecs.image import Pixels
@@ -18,6 +20,8 @@ NUMBERS = {int, float}  # exactly these: a bool is an int to Python, a digit str
 
 def parse(payload: bytes) -> Any:
     """The value of a JSON text; BadInput `bad_json`, `not_finite` or `out_of_range`."""
+    with contextlib.suppress(orjson.JSONDecodeError):  # a tenth of the time; what it refuses, Python's can name
+        return orjson.loads(payload)
     try:
         return _DECODER.decode(payload.decode())
     except UnicodeDecodeError:
@@ -108,7 +112,7 @@ def _blob(instance: dict[str, Any], name: str, contract: Contract, budget: int) 
         raise BadInput("bad_base64", f"{name}.b64: expected base64 text") from None
     try:
         if image.blob_kind(payload, contract) == "raw":
-            return image.raw(payload, contract), 0
+            return image.raw(payload, contract)[0], 0
         return image.decode_counted(payload, contract, budget)
     except ServeError as error:
         raise type(error)(error.code, f"{name}: {error}") from error
@@ -136,7 +140,8 @@ def _item(value: Any, name: str, shapes: list[tuple[int, ...]], contract: Contra
     if not kinds <= NUMBERS:
         wrong = _type(next(v for v in value if type(v) not in NUMBERS))
         raise BadInput("bad_type", f"{name}: expected {expected}, got {wrong} among them")
-    return image.raw(_bytes(value, kinds, name), contract)
+    pixels: Pixels = image.raw(_bytes(value, kinds, name), contract)[0]
+    return pixels
 
 
 def _bytes(values: list[Any], kinds: set[type], name: str) -> bytes:

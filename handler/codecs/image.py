@@ -49,9 +49,9 @@ def layout(contract: Contract, unit: str) -> str:
 
 
 def raw(payload: bytes, contract: Contract) -> Pixels:
-    """H·W·C bytes as uint8 `[C, H, W]`; a view, nothing is copied."""
+    """N·H·W·C bytes as uint8 `[N, C, H, W]`; a view, nothing is copied."""
     pixels = np.frombuffer(payload, np.uint8)
-    return pixels.reshape(contract.height, contract.width, contract.channels).transpose(2, 0, 1)
+    return pixels.reshape(-1, contract.height, contract.width, contract.channels).transpose(0, 3, 1, 2)
 
 
 def decode(payload: bytes, contract: Contract, limits: LimitSettings) -> Pixels:

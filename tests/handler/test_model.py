@@ -15,7 +15,7 @@ from handler.bundle import FILES
 from handler.contract import Contract
 from handler.engines import ENGINES
 from handler.errors import BundleError
-from handler.model import ModelInterface, choose, load_model, replay
+from handler.model import ModelInterface, Student, choose, load_model, replay
 from handler.settings import HandlerSettings
 from tests.bundles import EXPORTED
 from tests.handler.payloads import Golden, Pixels
@@ -113,28 +113,62 @@ def test_engine_and_device(
 ) -> None:
     """Auto is the fastest that was measured on this kind of device, an image, of those that are accurate enough."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    assert choose(HandlerSettings(**settings), EVIDENCE, "separable", gpu_id, batch)[:2] == expected
+    found = choose(HandlerSettings(**settings), EVIDENCE, "separable", gpu_id, batch)
+    assert (found.engine, found.device) == expected
 
 
 def test_a_gpu_that_torch_cannot_use_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert choose(HandlerSettings(), EVIDENCE, "separable", 0, 1)[:2] == ("onnx", "cpu")
+    assert choose(HandlerSettings(), EVIDENCE, "separable", 0, 1).device == "cpu"
 
 
 def test_what_was_not_measured_is_not_chosen() -> None:
     nothing = {"eager": measured({}), "onnx": measured({})}
     for evidence, network, expected in (({}, "separable", "eager"), (nothing, "separable", "eager")):
-        assert choose(HandlerSettings(), evidence, network, None, 1)[0] == expected
+        assert choose(HandlerSettings(), evidence, network, None, 1).engine == expected
 
 
 def test_eager_is_not_chosen_for_a_network_that_it_cannot_build() -> None:
     slow = {"eager": measured({1: 1.0}), "onnx": measured({1: 2.0})}
-    assert choose(HandlerSettings(), slow, "separable", None, 1)[0] == "eager"
-    assert choose(HandlerSettings(), slow, "resnet18", None, 1)[0] == "onnx"
-    assert choose(HandlerSettings(), {"eager": measured({}), "onnx": measured({})}, "resnet18", None, 1)[0] == "onnx"
+    assert choose(HandlerSettings(), slow, "separable", None, 1).engine == "eager"
+    assert choose(HandlerSettings(), slow, "resnet18", None, 1).engine == "onnx"
+    nothing = {"eager": measured({}), "onnx": measured({})}
+    assert choose(HandlerSettings(), nothing, "resnet18", None, 1).engine == "onnx"
+
+
+@pytest.mark.parametrize(
+    ("settings", "batch", "expected"),
+    [
+        ({}, 1, 1),
+        ({}, 64, 32),  # of exported, which is the fastest there
+        ({"engine": "onnx"}, 64, 1),
+        ({"engine": "torchscript"}, 64, 64),  # not measured: what the server hands over
+        ({"micro_batch": 5}, 64, 5),
+    ],
+)
+def test_the_micro_batch_is_the_size_that_was_measured_best(
+    settings: dict[str, Any], batch: int, expected: int
+) -> None:
+    assert choose(HandlerSettings(**settings), EVIDENCE, "separable", None, batch).micro_batch == expected
+
+
+def test_the_engine_sees_no_more_than_a_micro_batch(root: Path, contract: Contract, some: Pixels) -> None:
+    model = load_model(root, contract, HandlerSettings(engine="onnx", micro_batch=5), 1, None, 64)[0]
+    assert isinstance(model, Student)
+    seen, real = [], model.forward
+
+    def forward(images: Pixels) -> Any:
+        seen.append(len(images))
+        return real(images)
+
+    whole = model.forward(some)
+    model.forward = forward
+    np.testing.assert_allclose(model.predict(some), whole, atol=1e-5)
+    assert seen == [5] * 12 + [4]
 
 
 def test_a_bundle_without_evidence_is_refused(broken: Path, contract: Contract) -> None:
+    (broken / FILES.report).unlink()
     with pytest.raises(BundleError, match=r"report\.json: no report of the engines in it"):
         load(broken, contract, "auto")
 
@@ -175,7 +209,7 @@ def test_an_engine_that_is_not_in_the_bundle_is_named(root: Path, contract: Cont
 
 @pytest.fixture
 def broken(root: Path, tmp_path: Path) -> Path:
-    for name in (FILES.golden, *(ENGINES[name].file for name in NAMES)):
+    for name in (FILES.golden, FILES.report, *(ENGINES[name].file for name in NAMES)):
         shutil.copy(root / name, tmp_path)
     return tmp_path
 

@@ -217,7 +217,7 @@ def test_any_batch_is_answered_as_each_request_would_be_alone(batches: list[list
             scores = probabilities(np.array(expected, np.float32))
             np.testing.assert_allclose(body["prediction"], scores, atol=1e-8)
             assert body["source"] == ("cache" if answer.outcome == "HIT" else "model")
-            assert answer.headers["X-Cache"] == answer.outcome
+            assert dict(answer.headers)["X-Cache"] == answer.outcome
 
 
 def test_the_core_knows_neither_torch_nor_torchserve() -> None:

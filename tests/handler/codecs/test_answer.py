@@ -20,11 +20,6 @@ def test_head_and_tail_make_the_documented_object(source: str) -> None:
     assert "Bääg".encode() in body
 
 
-def test_what_json_cannot_say_is_never_written() -> None:
-    with pytest.raises(ValueError, match="JSON compliant"):
-        answer.head("prediction", [[float("nan")]], [0], ["a"])
-
-
 @given(st.text(), st.text())
 def test_an_error_quotes_anything(message: str, request_id: str) -> None:
     found = json.loads(answer.error(BadInput("bad_json", message + "\ud800"), request_id))

@@ -50,5 +50,5 @@ def test_what_no_codec_reads(payload: bytes, content_type: str, error: type[Serv
 @pytest.mark.parametrize(("kind", "payload"), [("image", PNG), ("raw", RAW), ("json", JSON)])
 def test_each_codec_gives_one_image(kind: codecs.Kind, payload: bytes) -> None:
     item = codecs.decode(kind, payload, CONTRACT, LimitSettings())
-    np.testing.assert_array_equal(item.images, PIXELS[None, None])
+    np.testing.assert_array_equal(codecs.stacked([item], CONTRACT), PIXELS[None, None])
     assert item.form == "prediction"

@@ -1,0 +1,178 @@
+"""Our reading and writing of TorchServe's frames, beside upstream's own, on any message."""
+
+import io
+import itertools
+import struct
+import sys
+import types
+from collections.abc import Iterable, Iterator
+from http import HTTPStatus
+from typing import Any
+
+import pytest
+import ts.protocol.otf_message_handler as otf
+from hypothesis import example, given
+from hypothesis import strategies as st
+from ts.context import Context, RequestProcessor
+from ts.service import Service
+
+from handler import frames
+from handler.cache import CacheManager
+from handler.frames import Message, Reader
+from handler.service import Answer, Outcome
+from handler.settings import CacheSettings
+from tests.handler.payloads import RAW, Pixels
+from tests.handler.test_student_handler import BAD, forms
+from tests.harness import END, Post, Worker, encoded, multipart, post
+
+TEXT = st.text(st.characters(codec="utf-8"), max_size=12)
+PARTS = st.dictionaries(TEXT, st.tuples(TEXT, st.binary(max_size=300)), max_size=3)
+POSTS = st.lists(st.builds(Post, st.dictionaries(TEXT, TEXT, max_size=4), PARTS), min_size=1, max_size=5)
+SIZES = st.lists(st.integers(1, 40), min_size=1, max_size=8)
+
+
+class Wire:
+    """A socket that hands its bytes over in pieces of the sizes given, again and again."""
+
+    def __init__(self, data: bytes, sizes: Iterable[int] = (1 << 20,)) -> None:
+        self.stream, self.sizes = io.BytesIO(data), itertools.cycle(sizes)
+
+    def recv(self, length: int) -> bytes:
+        return self.stream.read(min(length, next(self.sizes)))
+
+
+def frame(posts: Iterable[Post]) -> bytes:
+    return b"I" + b"".join(encoded(f"id-{i}", item) for i, item in enumerate(posts)) + END
+
+
+@pytest.fixture(autouse=True, scope="module")
+def undecoded() -> Iterator[None]:
+    """As config.properties has it: the server leaves JSON as it is."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TS_DECODE_INPUT_REQUEST", "false")
+        yield
+
+
+def upstream(data: bytes) -> Iterator[tuple[str, dict[str, Any], dict[str, Any]]]:
+    """Id, headers (with the type of each part) and row of each request, as TorchServe's own code reads them."""
+    _, batch = otf.retrieve_msg(Wire(data))
+    headers, rows, ids = Service.retrieve_data_for_inference(batch)
+    for i, row in enumerate(rows):
+        yield ids[i], headers[i].get_request_properties(), row
+
+
+def ours(batch: list[Message]) -> Iterator[tuple[str, dict[str, Any], dict[str, Any]]]:
+    """The same, as we read them."""
+    for message in batch:
+        types_of_parts = {name: {"content-type": kind} for name, kind, _ in message.parts}
+        row = {name: value for name, _, value in message.parts}
+        yield message.request_id, {**types_of_parts, **frames.parsed(message.headers)}, row
+
+
+@given(batches=st.lists(POSTS, min_size=1, max_size=3), sizes=SIZES)
+@example(batches=[[post(bytes(600_000), RAW)] * 2], sizes=[70_000, 3])
+def test_any_batches_are_read_as_upstream_reads_them(batches: list[list[Post]], sizes: list[int]) -> None:
+    """In pieces of any size; a frame begins where the one before it ended."""
+    wire = Wire(b"".join(map(frame, batches)), sizes)
+    reader = Reader(lambda _: pytest.fail("no load message was sent"))
+    for posts in batches:
+        command, batch = reader.message(wire)
+        assert command == b"I"
+        assert list(ours(batch)) == list(upstream(frame(posts)))
+
+
+@given(TEXT, TEXT, st.integers(-1, 3), SIZES)
+def test_a_load_message_is_left_to_upstream(model: str, path: str, gpu: int, sizes: list[int]) -> None:
+    data = b"L"
+    for value in (model, path, 32, "student_handler.py", gpu, ""):
+        number, text = (value, b"") if isinstance(value, int) else (len(value.encode()), value.encode())
+        data += struct.pack("!i", number) + text
+    data += b"\x01"
+    wire = Wire(data + frame([post(b"x", RAW)]), sizes)
+    reader = Reader(otf.retrieve_msg)
+    assert reader.message(wire) == otf.retrieve_msg(Wire(data))
+    assert len(reader.message(wire)[1]) == 1
+
+
+def test_a_front_end_that_has_gone_ends_the_worker() -> None:
+    whole = frame([post(bytes(99), RAW)])
+    for data in (b"", whole[:1], whole[:40], whole[:-1]):
+        with pytest.raises(SystemExit) as ended:
+            Reader(otf.retrieve_msg).message(Wire(data))
+        assert ended.value.code == 0
+
+
+ANSWERS = st.builds(
+    Answer,
+    st.sampled_from([200, 400, 413, 415, 500]),
+    st.binary(max_size=50),
+    st.sampled_from(["HIT", "MISS", "BYPASS", "ERROR"]),
+)
+
+
+@given(st.lists(st.tuples(TEXT, ANSWERS), min_size=1, max_size=6))
+def test_any_answers_are_written_as_upstream_writes_them(answered: list[tuple[str, Answer]]) -> None:
+    context = Context("m", "", None, 8, None, "0.12.0")
+    context.request_processor = [RequestProcessor({}) for _ in answered]
+    for i, (_, answer) in enumerate(answered):
+        context.set_response_status(answer.status, HTTPStatus(answer.status).phrase, i)
+        for name, value in answer.headers:
+            context.set_response_header(i, name, value)
+    ids = {i: request_id for i, (request_id, _) in enumerate(answered)}
+    bodies = [answer.body for _, answer in answered]
+    expected = otf.create_predict_response(bodies, ids, "Prediction success", 200, context=context)
+    messages = [Message(request_id, END, []) for request_id in ids.values()]
+    assert frames.response(messages, [answer for _, answer in answered]) == expected
+
+
+def test_the_bytes_of_any_reply_are_the_same_by_both_ways(worker: Worker, images: Pixels) -> None:
+    """Every form of an image and every bad body, twice: first computed, then from the cache."""
+    sent = [*forms(images[3]).values(), *(item for item, _ in BAD.values())]
+    sent += [post(images[4].tobytes(), RAW, Cache_Control=control) for control in ("no-cache", "max-age=0, No-Store")]
+    sent += [multipart(body=("", images[5].tobytes()), data=(RAW, images[6].tobytes()))]
+    data = frame(sent)
+    service = worker.handler.service
+
+    def exchanged() -> bytes:
+        _, batch = Reader(otf.retrieve_msg).message(Wire(data, [999]))
+        return frames.response(batch, worker.handler.exchange(batch))
+
+    by_upstream = [worker.service.predict(otf.retrieve_msg(Wire(data))[1]) for _ in range(2)]
+    service.cache = CacheManager.from_settings(CacheSettings(), [])
+    by_us = [exchanged() for _ in range(2)]
+    assert by_us == by_upstream
+    assert by_us[0] != by_us[1]
+
+
+@pytest.fixture
+def worker_process(monkeypatch: pytest.MonkeyPatch) -> types.ModuleType:
+    """A main module that looks as a worker's does."""
+    main = types.ModuleType("__main__")
+    main.retrieve_msg = otf.retrieve_msg  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "__main__", main)
+    monkeypatch.setattr(Service, "predict", Service.predict)
+    return main
+
+
+def test_it_takes_upstreams_place_in_a_worker(worker_process: Any, caplog: Any) -> None:
+    caplog.set_level("INFO")
+    outcome: Outcome = "MISS"
+    frames.install(lambda batch: [Answer(200, message.parts[0][2], outcome) for message in batch])
+    command, batch = worker_process.retrieve_msg(Wire(frame([post(b"x", RAW)])))
+    assert command == b"I" and isinstance(batch[0], Message)
+    assert Service.predict(None, batch).endswith(b"\0\0\0\1x" + END)
+    assert "TorchServe 0.12.0: its frames are read and written in one pass" in caplog.text
+
+
+def test_another_version_is_left_alone(worker_process: Any, monkeypatch: pytest.MonkeyPatch, caplog: Any) -> None:
+    before = Service.predict
+    monkeypatch.setattr("ts.__version__", "0.13.0")
+    frames.install(lambda _: [])
+    assert worker_process.retrieve_msg is otf.retrieve_msg and Service.predict is before
+    assert "TorchServe 0.13.0: its own protocol code is used, for ours was proved against 0.12.0" in caplog.text
+
+
+def test_what_is_no_worker_is_left_alone() -> None:
+    before = Service.predict
+    frames.install(lambda _: [])
+    assert Service.predict is before and not hasattr(sys.modules["__main__"], "retrieve_msg")
