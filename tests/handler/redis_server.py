@@ -46,10 +46,10 @@ class RedisServer:
         self.admin.close()
         shutil.rmtree(self.folder)
 
-    def start(self, *options: str) -> None:
+    def start(self) -> None:
         """Returns when it answers."""
-        command = ["redis-server", "--port", "0", "--unixsocket", f"{self.folder}/socket", "--dir", str(self.folder)]
-        command += ["--save", "", "--appendonly", "no", *options]
+        command = ["redis-server", "--port", "0", "--bind", "127.0.0.1", "--unixsocket", f"{self.folder}/socket"]
+        command += ["--dir", str(self.folder), "--save", "", "--appendonly", "no"]
         self.process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
         until(self._answers)
 

@@ -1,4 +1,4 @@
-"""The shared store over a real Redis: one round trip a batch, only our entries, and claims that nobody holds for ever."""
+"""The shared store over a real Redis: one round trip a batch, only our entries, and no claim for ever."""
 
 import pytest
 from hypothesis import given, settings
@@ -82,7 +82,7 @@ def test_redis_lets_go_of_an_entry_by_itself(redis_server: RedisServer, store: R
 
 
 def test_a_write_that_redis_executes_late_lengthens_no_life(own_redis: RedisServer, clock: Clock) -> None:
-    store = own_redis.store(clock, timeout_s=0.02)
+    store = own_redis.store(clock, timeout_s=0.5)
     store.put_many({A: b"1"})
     own_redis.pause()
     store.put_many({B: b"2"})
