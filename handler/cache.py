@@ -92,7 +92,7 @@ class CacheManager:
 
         Each of them needs `put` or `release`, else the other workers wait for it in vain, a lease long.
         """
-        missing = list(dict.fromkeys(keys))
+        missing = list(keys)
         if not self.shared:
             return set(missing)
         return {key for key, ours in zip(missing, self.shared.claim(missing), strict=True) if ours}

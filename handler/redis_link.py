@@ -78,15 +78,13 @@ class RedisLink:
 def _connection(url: str, timeout_s: float) -> tuple[Any, type[Exception]]:
     """A connection that is not made yet, and the class of Redis' refusals; errors do not show what may be a password.
 
-    The connection is used without redis-py's client around it, which takes two to three times as long for a batch.
+    It is used bare: redis-py's client around it would try again, and takes two to three times as long for a batch.
     """
     try:
         from redis import ConnectionPool, ResponseError
-        from redis.backoff import NoBackoff
-        from redis.retry import Retry
     except ImportError:
         raise SettingsError("cache.redis_url is set, and the package redis is not there: pip install redis") from None
-    bounds = {"socket_timeout": timeout_s, "socket_connect_timeout": timeout_s, "retry": Retry(NoBackoff(), 0)}
+    bounds = {"socket_timeout": timeout_s, "socket_connect_timeout": timeout_s}
     try:  # protocol 2 and silence about the driver: no round trip stands before the first command
         pool = ConnectionPool.from_url(url, **bounds, protocol=2, driver_info=None)
         return pool.make_connection(), ResponseError

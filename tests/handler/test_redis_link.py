@@ -234,8 +234,9 @@ def test_what_is_no_redis_is_an_outage(reply: bytes, clock: Clock, caplog: Any) 
     assert "s3cret" not in caplog.text and "\n" not in caplog.messages[0]
 
 
-def test_odd_replies_are_nothing(clock: Clock) -> None:
-    with impostor(b"+OK\r\n" * 20) as url:
+@pytest.mark.parametrize("reply", [b"+OK\r\n", b"*0\r\n", b"*1\r\n:1\r\n"])
+def test_odd_replies_are_nothing(reply: bytes, clock: Clock) -> None:
+    with impostor(20 * reply) as url:
         store = over(RedisLink(url, timeout_s=PATIENCE_S, clock=clock))
         assert everything(store) == NOTHING
 
