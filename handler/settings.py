@@ -6,6 +6,7 @@ names the key of whatever is wrong. `HandlerSettings` is the `handler:` section 
 """
 
 import dataclasses
+import math
 import types
 import typing
 from collections.abc import Mapping
@@ -22,12 +23,27 @@ PREFIX = "DISTILLERY__"
 
 @dataclass(frozen=True, kw_only=True)
 class CacheSettings:
-    """How many answers a worker keeps, and for how long."""
+    """How many answers a worker keeps, and for how long; with `redis_url` the workers share them, too.
+
+    A round trip to Redis takes 0.1 to 1 ms. One that takes `redis_timeout_s` is worth no more waiting: it is longer
+    than most batches take to compute. A worker that has claimed an answer has `lease_s` to give it before it is taken
+    for dead; the others wait for it for at most `wait_s`.
+    """
 
     enabled: bool = True
     entries: int = 10_000
     size_bytes: int = 64 * 1024 * 1024
     ttl_s: float = 3600.0
+    redis_url: str = field(default="", repr=False)  # there may be a password in it
+    redis_timeout_s: float = 0.02
+    lease_s: float = 2.0
+    wait_s: float = 0.25
+
+    def __post_init__(self) -> None:
+        for name in ("ttl_s", "redis_timeout_s", "lease_s", "wait_s"):
+            value = getattr(self, name)
+            if not 0 < value < math.inf:
+                raise SettingsError(f"cache.{name}: expected a number of seconds above 0, got {value}")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -3,6 +3,7 @@
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
+from math import inf
 from typing import Protocol
 
 OVERHEAD_BYTES = 300  # what CPython keeps around one entry: two byte strings, a tuple, a float, a link of the order
@@ -18,8 +19,11 @@ class Store(Protocol):
         """The value of each key, None where there is none (any more)."""
         ...
 
-    def put_many(self, entries: Mapping[bytes, bytes]) -> None:
-        """Keep the entries, in place of older ones with the same key, as far as there is room."""
+    def put_many(self, entries: Mapping[bytes, bytes], life_s: float = inf) -> None:
+        """Keep the entries, in place of older ones with the same key, as far as there is room.
+
+        Each for `life_s` seconds, or for as long as the store keeps any, if that is less.
+        """
         ...
 
 
@@ -48,11 +52,11 @@ class MemoryStore:
         now = self.clock()
         return [self._get(key, now) for key in keys]
 
-    def put_many(self, entries: Mapping[bytes, bytes]) -> None:
+    def put_many(self, entries: Mapping[bytes, bytes], life_s: float = inf) -> None:
         """Keep the entries, and let go of the least recently used until both bounds hold."""
         now = self.clock()
         for key, value in entries.items():
-            self._put(key, value, now)
+            self._put(key, value, now, min(life_s, self.ttl_s))
 
     def _get(self, key: bytes, now: float) -> bytes | None:
         found = self._kept.get(key)
@@ -66,7 +70,7 @@ class MemoryStore:
         self._kept.move_to_end(key)
         return value
 
-    def _put(self, key: bytes, value: bytes, now: float) -> None:
+    def _put(self, key: bytes, value: bytes, now: float, life_s: float) -> None:
         if key in self._kept:
             self._drop(key)
         size = entry_bytes(key, value)
@@ -76,7 +80,7 @@ class MemoryStore:
             over = self._drop(next(iter(self._kept))) <= now
             self.expired += over
             self.evicted += not over
-        self._kept[key] = now + self.ttl_s, value
+        self._kept[key] = now + life_s, value
         self.used_bytes += size
 
     def _drop(self, key: bytes) -> float:

@@ -13,6 +13,7 @@ from handler.settings import LimitSettings
 from serving import archive as archives
 from tests.bundles import LABELS
 from tests.handler.payloads import Golden, Pixels
+from tests.handler.redis_server import RedisServer, started
 from tests.harness import Worker
 
 
@@ -58,3 +59,22 @@ def golden(root: Path) -> Golden:
 def images(golden: Golden) -> Pixels:
     """Eight test images uint8 `[8, 28, 28]`, each answered differently."""
     return np.asarray(golden["images"][:8, :, :, 0])
+
+
+@pytest.fixture
+def own_redis() -> Iterator[RedisServer]:
+    """A Redis that the test may stop, pause and fill."""
+    yield from started()
+
+
+@pytest.fixture(scope="module")
+def running_redis() -> Iterator[RedisServer]:
+    """One Redis for a module."""
+    yield from started()
+
+
+@pytest.fixture
+def redis_server(running_redis: RedisServer) -> RedisServer:
+    """A Redis with nothing in it."""
+    running_redis.admin.flushall()
+    return running_redis

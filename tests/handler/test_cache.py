@@ -1,12 +1,10 @@
 """Keys never meet, counts add up, settings are obeyed."""
 
-from dataclasses import astuple
-
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from handler.cache import CacheManager
+from handler.cache import CacheManager, Counts
 from handler.settings import CacheSettings
 from handler.stores import MemoryStore
 
@@ -69,10 +67,18 @@ def test_the_stores_losses_are_among_the_counts() -> None:
     cache = CacheManager(MemoryStore(entries=1, size_bytes=9999, ttl_s=0), SCOPE)
     cache.put({b"a": b"1"})
     cache.look_up([b"a"])
-    assert astuple(cache.counts) == (0, 1, 0, 0, 1, 0)
+    assert cache.counts == Counts(0, 0, misses=1, bypassed=0, deduplicated=0, expired=1, evicted=0, errors=0)
     cache = CacheManager(MemoryStore(entries=1, size_bytes=9999, ttl_s=9, clock=lambda: 0.0), SCOPE)
     cache.put({b"a": b"1", b"b": b"2"})
     assert cache.counts.evicted == 1
+
+
+def test_alone_a_worker_computes_all_that_is_missing() -> None:
+    cache = manager()
+    assert cache.claim([b"a", b"b", b"a"]) == {b"a", b"b"}
+    assert cache.wait([b"a"]) == {}
+    cache.release([b"a"])
+    assert cache.claim([b"a"]) == {b"a"}
 
 
 def test_settings_size_the_store() -> None:

@@ -20,6 +20,13 @@ def test_the_environment_is_a_tree_of_yaml_values() -> None:
     assert found == {"handler": {"cache": {"enabled": False}}, "a": [1]}
 
 
+def test_the_address_of_redis_comes_whole_and_is_not_shown() -> None:
+    found = environment({"DISTILLERY__HANDLER__CACHE__REDIS_URL": "rediss://me:s3cret@host:6379/0?ssl_ca_certs=/ca"})
+    loaded = load(HandlerSettings, found["handler"])
+    assert loaded.cache.redis_url == "rediss://me:s3cret@host:6379/0?ssl_ca_certs=/ca"
+    assert "s3cret" not in repr(loaded)
+
+
 def test_a_value_that_is_no_yaml_is_refused_with_its_variable() -> None:
     with pytest.raises(SettingsError, match="DISTILLERY__A: expected a YAML value"):
         environment({"DISTILLERY__A": "[1"})
@@ -34,6 +41,11 @@ def test_a_value_that_is_no_yaml_is_refused_with_its_variable() -> None:
         ({"cache": 5}, "cache: expected a mapping of settings, got 5"),
         ({"cache": {"ttl": 5}}, "unknown setting 'cache.ttl': did you mean 'cache.ttl_s'"),
         ({"cache": {"enabled": 1}}, "cache.enabled: expected bool, got 1"),
+        ({"cache": {"wait_s": 0}}, "cache.wait_s: expected a number of seconds above 0, got 0"),
+        ({"cache": {"lease_s": -1}}, "cache.lease_s: expected a number of seconds above 0, got -1"),
+        ({"cache": {"ttl_s": "inf"}}, "cache.ttl_s: expected a number of seconds above 0, got inf"),
+        ({"cache": {"redis_timeout_s": "nan"}}, "cache.redis_timeout_s: expected a number of seconds above 0, got nan"),
+        ({"cache": {"redis_url": 6379}}, "cache.redis_url: expected str, got 6379"),
         ({"cache": {"ttl_s": True}}, "cache.ttl_s: expected a number, got True"),
     ],
 )

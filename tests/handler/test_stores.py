@@ -6,17 +6,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from handler.redis_store import RedisStore
 from handler.stores import MemoryStore, Store, entry_bytes
-
-
-class Clock:
-    """Moved by hand."""
-
-    def __init__(self) -> None:
-        self.now = 1000.0
-
-    def __call__(self) -> float:
-        return self.now
+from tests.handler.redis_server import Clock, RedisServer
 
 
 def memory(clock: Clock, *, entries: int = 100, size_bytes: int = 1 << 20, ttl_s: float = 60.0) -> MemoryStore:
@@ -25,7 +17,14 @@ def memory(clock: Clock, *, entries: int = 100, size_bytes: int = 1 << 20, ttl_s
 
 # The contract. A new store is one more entry here.
 
-STORES: dict[str, Callable[[Clock], Store]] = {"memory": lambda clock: memory(clock)}
+STORES: dict[str, Callable[[pytest.FixtureRequest, Clock], Store]] = {
+    "memory": lambda _, clock: memory(clock),
+    "redis": lambda request, clock: redis_store(request.getfixturevalue("redis_server"), clock),
+}
+
+
+def redis_store(server: RedisServer, clock: Clock) -> RedisStore:
+    return server.store(clock)
 
 
 @pytest.fixture
@@ -35,7 +34,7 @@ def clock() -> Clock:
 
 @pytest.fixture(params=STORES)
 def store(request: pytest.FixtureRequest, clock: Clock) -> Store:
-    return STORES[request.param](clock)
+    return STORES[request.param](request, clock)
 
 
 def test_a_batch_is_kept_and_found_in_the_order_asked(store: Store) -> None:
@@ -60,6 +59,15 @@ def test_an_entry_ends_with_its_time(store: Store, clock: Clock) -> None:
     assert store.get_many([b"a"]) == [b"1"]
     clock.now += 0.1
     assert store.get_many([b"a"]) == [None]
+
+
+def test_a_shorter_life_may_be_given_and_no_longer_one(store: Store, clock: Clock) -> None:
+    store.put_many({b"a": b"1", b"b": b"2"}, 5.0)
+    store.put_many({b"b": b"3"}, 90.0)
+    clock.now += 5
+    assert store.get_many([b"a", b"b"]) == [None, b"3"]
+    clock.now += 55
+    assert store.get_many([b"b"]) == [None]
 
 
 def test_counts_start_at_zero(store: Store) -> None:
