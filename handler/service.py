@@ -1,7 +1,8 @@
 """The core, which knows no server: a batch of requests in, a batch of answers out, each with a fate of its own.
 
 kind, key ─► look up ─┬─ hits ────────────────────────────────────────────────────────┬─► head + tail ─► answer
-                      └─ misses ─► one of each ─► decode ─► forward ─► encode ─► store ┘
+                      └─ misses ─► one of each ─► decode ─► forward ─► encode ─► store ┤
+                                       └─ of those, another worker is at some: wait ───┘
 """
 
 import logging
@@ -25,13 +26,7 @@ if TYPE_CHECKING:  # the protocol lives beside the engines, and those load torch
 log = logging.getLogger(__name__)
 Outcome = Literal["HIT", "MISS", "BYPASS", "ERROR"]
 Headers = tuple[tuple[str, str], ...]
-TYPE = ("content-type", "application/json")
-HEADERS: dict[Outcome, Headers] = {
-    "HIT": (TYPE, ("X-Cache", "HIT")),
-    "MISS": (TYPE, ("X-Cache", "MISS")),
-    "BYPASS": (TYPE, ("X-Cache", "BYPASS")),
-    "ERROR": (TYPE,),
-}
+TYPE = "content-type", "application/json"
 
 
 @dataclass(slots=True)
@@ -51,7 +46,7 @@ class Request:
 
 @dataclass(slots=True)
 class Answer:
-    """What one request gets: HTTP's status, JSON, and what became of it, which says the headers."""
+    """What one request gets: HTTP's status, JSON, and what became of it."""
 
     status: int
     body: bytes
@@ -60,7 +55,7 @@ class Answer:
     @property
     def headers(self) -> Headers:
         """Names and values."""
-        return HEADERS[self.outcome]
+        return (TYPE,) if self.outcome == "ERROR" else (TYPE, ("X-Cache", self.outcome))
 
 
 @dataclass(slots=True, eq=False)
@@ -75,6 +70,8 @@ class _Work:
     head: bytes | None = None
     outcome: Outcome = "MISS"
     twin: Optional["_Work"] = None
+    fresh: bool = False  # it, or an equal one, must come from the model
+    storable: bool = False
 
 
 class Service:
@@ -116,16 +113,33 @@ class Service:
                 work.head, work.outcome = head, "HIT"
 
     def _compute(self, missed: list[_Work]) -> None:
-        first: dict[bytes, _Work] = {}
+        """Heads for what the cache lacks: computed here, or by the worker that was first to be asked the same."""
+        leads: dict[bytes, _Work] = {}
         for work in missed:
-            lead = first.setdefault(work.key, work)
-            if lead is not work:
-                work.twin = lead
-        self.cache.deduplicated += len(missed) - len(first)
-        _each(self._decode, first.values())
-        self._forward([(work, work.item) for work in first.values() if work.item is not None])
-        fresh = {work.key: first[work.key].head for work in missed if work.request.store}
-        self.cache.put({key: head for key, head in fresh.items() if head is not None})
+            lead = leads.setdefault(work.key, work)
+            work.twin = None if lead is work else lead
+            lead.fresh |= not work.request.look_up
+            lead.storable |= work.request.store
+        self.cache.deduplicated += len(missed) - len(leads)
+        ours = self.cache.claim([key for key, lead in leads.items() if not lead.fresh])
+        others = [key for key, lead in leads.items() if not lead.fresh and key not in ours]
+        self._run([lead for key, lead in leads.items() if lead.fresh or key in ours], ours)
+        if others:
+            came = self.cache.wait(others)
+            for work in missed:
+                if work.key in came:
+                    work.head, work.outcome = came[work.key], "HIT"
+            self._run([leads[key] for key in others if key not in came], set())
+
+    def _run(self, leads: list[_Work], claimed: set[bytes]) -> None:
+        """Decode, forward, encode, store; a claim on what got no answer is given up."""
+        _each(self._decode, leads)
+        try:
+            self._forward([(work, work.item) for work in leads if work.item is not None])
+        finally:
+            done = {work.key: work.head for work in leads if work.head is not None and work.storable}
+            self.cache.put(done)
+            self.cache.release(claimed - done.keys())
 
     def _decode(self, work: _Work) -> None:
         work.item = codecs.decode(work.kind, work.request.payload, self.contract, self.limits)
@@ -138,12 +152,11 @@ class Service:
         finite: NDArray[np.bool_] = np.asarray(np.isfinite(logits).all(axis=1))
         sound = bool(finite.all())
         scores = probabilities(logits if sound else np.where(finite[:, np.newaxis], logits, 0))
-        rows, ids = scores.round(answer.DIGITS).tolist(), scores.argmax(axis=1).tolist()
-        start, labels = 0, self.contract.labels
+        rows, ids, start = scores.round(answer.DIGITS).tolist(), scores.argmax(axis=1).tolist(), 0
         for work, item in batch:
             end = start + item.count
             if sound or finite[start:end].all():
-                work.head = answer.head(item.form, rows[start:end], ids[start:end], labels)
+                work.head = answer.head(item.form, rows[start:end], ids[start:end], self.contract.labels)
             else:
                 log.error("request %s: the model's logits are not finite", work.request.request_id)
             start = end
