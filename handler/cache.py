@@ -6,7 +6,7 @@ look_up ─► misses ─► claim ─┬─ ours ──────► compute 
 
 import time
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from hashlib import blake2b
 
 from handler.redis_link import RedisLink
@@ -139,6 +139,12 @@ class CacheManager:
         own = self.hits, self.shared_hits, self.misses, self.bypassed, self.deduplicated
         errors = self.shared.link.errors if self.shared else 0
         return Counts(*own, self.store.expired, self.store.evicted, errors)
+
+    def totals(self) -> dict[tuple[str, str], float]:
+        """The counts under the names of their metrics."""
+        found = {f"distillery_cache_{name}_total": float(value) for name, value in asdict(self.counts).items()}
+        found["distillery_redis_errors_total"] = found.pop("distillery_cache_errors_total")
+        return {(name, ""): value for name, value in found.items()}
 
 
 def _framed(part: bytes) -> bytes:

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from http import HTTPStatus
 from typing import Any
 
-from handler.service import Answer, Headers
+from handler.messages import Answer, Headers
 
 log = logging.getLogger(__name__)
 PROVED = "0.12.0"

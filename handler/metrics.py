@@ -1,33 +1,173 @@
-"""The names of our metrics, and one emission a batch: each metric costs the server a log line to parse."""
+"""What is counted, under which names; handed on at most once a second, however many requests there are.
 
+For the server each value is a line of log to parse, so a worker adds up and emits sums. Histograms are counters in
+Prometheus' own form (`_bucket` with `le`, `_sum`, `_count`): those of TorchServe have no bucket below 5 ms.
+"""
+
+import bisect
+import contextlib
 import logging
-from collections.abc import Mapping
+import os
+import sys
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
-log = logging.getLogger(__name__)
+import psutil
 
-REQUESTS = "distillery_requests_total"
-OUTCOMES = {
-    "HIT": "distillery_cache_hits_total",
-    "MISS": "distillery_cache_misses_total",
-    "BYPASS": "distillery_cache_bypassed_total",
-    "ERROR": "distillery_errors_total",
+log = logging.getLogger(__name__)
+INTERVAL_S = 1.0
+DELAY_S = 0.05  # so that the answers that are waiting go first
+SECONDS = 1e-4, 2.5e-4, 5e-4, 1e-3, 2.5e-3, 5e-3, 1e-2, 2.5e-2, 5e-2, 0.1, 0.25, 1.0
+Key = tuple[str, str]
+"""A metric's name, and the value of its label ("" where it has none)."""
+Values = Mapping[Key, float]
+_UNSAFE = str.maketrans(",:|#\n", "_____")  # with which TorchServe's lines of metrics end a label
+
+
+@dataclass(frozen=True)
+class Metric:
+    """A counter with a label or without, a histogram (which has `buckets`), or a gauge."""
+
+    label: str = ""
+    buckets: tuple[float, ...] = ()
+    gauge: bool = False
+
+
+METRICS = {
+    "distillery_requests_total": Metric(),
+    "distillery_refusals_total": Metric(label="code"),
+    "distillery_predictions_total": Metric(label="class"),
+    "distillery_cache_hits_total": Metric(),
+    "distillery_cache_shared_hits_total": Metric(),
+    "distillery_cache_misses_total": Metric(),
+    "distillery_cache_bypassed_total": Metric(),
+    "distillery_cache_deduplicated_total": Metric(),
+    "distillery_cache_expired_total": Metric(),
+    "distillery_cache_evicted_total": Metric(),
+    "distillery_redis_errors_total": Metric(),
+    "distillery_batch_requests": Metric(buckets=(1, 2, 4, 8, 16, 32, 64, 128, 256)),
+    "distillery_batch_seconds": Metric(buckets=SECONDS),
+    "distillery_lookup_seconds": Metric(buckets=SECONDS),
+    "distillery_decode_seconds": Metric(buckets=SECONDS),
+    "distillery_inference_seconds": Metric(buckets=SECONDS),
+    "distillery_encode_seconds": Metric(buckets=SECONDS),
+    "distillery_confidence": Metric(buckets=(0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.99, 1)),
+    "distillery_resident_bytes": Metric(label="worker", gauge=True),
 }
 
 
-def emit(sink: Any, outcomes: Mapping[str, int]) -> None:
-    """Count a batch's requests by outcome (a key of OUTCOMES) in TorchServe's metrics; never raises."""
-    if sink is None:
-        return
-    try:
-        sink.request_ids = {}  # else TorchServe writes those of all requests behind each metric
-        _add(sink, REQUESTS, sum(outcomes.values()))
-        for outcome, count in outcomes.items():
-            _add(sink, OUTCOMES[outcome], count)
-    except Exception:  # an uncounted answer is better than none
-        log.exception("metrics of a batch are lost")
+class Metrics:
+    """Sums since the last emission, which another thread does; any may add.
+
+    `totals` says what stands somewhere as a count since the start, `gauges` what is true at the moment; `emit` takes
+    what counters have grown by, and gauges.
+    """
+
+    def __init__(
+        self,
+        totals: Callable[[], Values] = dict,
+        gauges: Callable[[], Values] = dict,
+        emit: Callable[[Values, Values], None] = lambda *_: None,
+    ) -> None:
+        self.totals, self.gauges, self.emit = totals, gauges, emit
+        self.pending: dict[Key, float] = {}
+        self.seen: dict[Key, float] = {}
+        self.lock, self.due, self.scheduled = threading.Lock(), 0.0, False
+
+    def add(self, name: str, value: float = 1, label: str = "") -> None:
+        """Add to a counter."""
+        with self.lock:
+            self.pending[name, label] = self.pending.get((name, label), 0) + value
+
+    def observe(self, name: str, *values: float) -> None:
+        """Put values into a histogram."""
+        buckets = METRICS[name].buckets
+        for value in values:
+            at = bisect.bisect_left(buckets, value)
+            self.add(f"{name}_bucket", 1, f"{buckets[at]:g}" if at < len(buckets) else "+Inf")
+        self.add(f"{name}_sum", sum(values))
+
+    def predicted(self, classes: Sequence[int], confidences: Sequence[float], labels: Sequence[str]) -> None:
+        """Count predictions by class, and put their largest probabilities into a histogram."""
+        for k, times in Counter(classes).items():
+            self.add("distillery_predictions_total", times, labels[k])
+        self.observe("distillery_confidence", *confidences)
+
+    @contextlib.contextmanager
+    def timed(self, step: str) -> Iterator[None]:
+        """Put the seconds that a step takes into its histogram."""
+        began = time.perf_counter()
+        yield
+        self.observe(f"distillery_{step}_seconds", time.perf_counter() - began)
+
+    @contextlib.contextmanager
+    def batch(self, requests: int) -> Iterator[None]:
+        """Count the requests of a batch, and time it."""
+        with self.timed("batch"):
+            yield
+        self.add("distillery_requests_total", requests)
+        self.observe("distillery_batch_requests", requests)
+        if not self.scheduled:
+            self.scheduled = True
+            timer = threading.Timer(max(DELAY_S, self.due - time.monotonic()), self.flush)
+            timer.daemon = True
+            timer.start()
+
+    def flush(self) -> None:
+        """Emit what there is. A fault is logged, not raised: an uncounted answer is better than none."""
+        self.scheduled, self.due = False, time.monotonic() + INTERVAL_S
+        try:
+            with self.lock:
+                pending, self.pending = self.pending, {}
+            totals = dict(self.totals())
+            grown = {key: n - self.seen.get(key, 0) for key, n in totals.items() if n != self.seen.get(key)}
+            self.seen = totals
+            self.emit(_cumulative(pending | grown), self.gauges())
+        except Exception:
+            log.exception("metrics are lost")
 
 
-def _add(sink: Any, name: str, count: int) -> None:
-    # With an index it is a metric of the model; the list is ours, for TorchServe appends to its default.
-    sink.add_counter(name, count, 0, [])
+def _cumulative(values: Values) -> dict[Key, float]:
+    """The values, with each bucket in all those above it, as Prometheus wants it, and their count."""
+    found = {key: value for key, value in values.items() if not key[0].endswith("_bucket")}
+    for name, metric in METRICS.items():
+        counted = 0.0
+        for label in (*(f"{bucket:g}" for bucket in metric.buckets), "+Inf"):
+            counted += values.get((f"{name}_bucket", label), 0)
+            if counted:
+                found[f"{name}_bucket", label] = counted
+        if counted:
+            found[f"{name}_count", ""] = counted
+    return found
+
+
+def to_torchserve(sink: Any) -> Callable[[Values, Values], None]:
+    """Emits into the metrics that TorchServe hands to a handler; those that its configuration lacks are added."""
+    known: dict[str, Any] = {}
+    kinds = type(next(iter(sink.cache)))
+
+    def metric(name: str, label: str, kind: str) -> Any:
+        if name not in known:
+            names = ["ModelName", "Level", *([label] if label else [])]
+            there = sink.cache.get(kinds(kind), {})
+            known[name] = there.get(name) or sink.add_metric_to_cache(name, "Count", names, kinds(kind))
+        return known[name]
+
+    def emit(counters: Values, gauges: Values) -> None:
+        for kind, values in (("counter", counters), ("gauge", gauges)):
+            for (name, label), value in values.items():
+                known_as = "le" if name.endswith("_bucket") else METRICS[name].label if label else ""
+                own = [sink.model_name, "Model", *([label.translate(_UNSAFE)] if label else [])]
+                metric(name, known_as, kind).add_or_update(value, own)
+
+    return emit
+
+
+def resident() -> Values:
+    """The memory of this process, under the number that the server gave to its worker."""
+    name = sys.argv[sys.argv.index("--sock-name") + 1] if "--sock-name" in sys.argv else f".{os.getpid()}"
+    return {("distillery_resident_bytes", name.rpartition(".")[2]): psutil.Process().memory_info().rss}

@@ -8,7 +8,7 @@ kind, key ─► look up ─┬─ hits ─────────────�
 import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, Optional
+from typing import TYPE_CHECKING, Optional
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,44 +18,14 @@ from handler.cache import CacheManager
 from handler.codecs import answer
 from handler.contract import probabilities
 from handler.errors import Internal, ServeError
+from handler.messages import Answer, Outcome, Request
+from handler.metrics import Metrics
 from handler.settings import LimitSettings
 
 if TYPE_CHECKING:  # the protocol lives beside the engines, and those load torch
     from handler.model import ModelInterface
 
 log = logging.getLogger(__name__)
-Outcome = Literal["HIT", "MISS", "BYPASS", "ERROR"]
-Headers = tuple[tuple[str, str], ...]
-TYPE = "content-type", "application/json"
-
-
-@dataclass(slots=True)
-class Request:
-    """One request: its body and Content-Type (lower case, no parameters), or the error that reading it met.
-
-    `look_up` false: the model answers even if the cache could. `store` false: the cache does not keep the answer.
-    """
-
-    payload: bytes = b""
-    content_type: str = ""
-    request_id: str = ""
-    look_up: bool = True
-    store: bool = True
-    error: ServeError | None = None
-
-
-@dataclass(slots=True)
-class Answer:
-    """What one request gets: HTTP's status, JSON, and what became of it."""
-
-    status: int
-    body: bytes
-    outcome: Outcome
-
-    @property
-    def headers(self) -> Headers:
-        """Names and values."""
-        return (TYPE,) if self.outcome == "ERROR" else (TYPE, ("X-Cache", self.outcome))
 
 
 @dataclass(slots=True, eq=False)
@@ -78,24 +48,32 @@ class Service:
     """Answers for one model; `identity` (name, version, digest) stands in each of them."""
 
     def __init__(
-        self, model: "ModelInterface", cache: CacheManager, limits: LimitSettings, identity: Mapping[str, str]
+        self,
+        model: "ModelInterface",
+        cache: CacheManager,
+        limits: LimitSettings,
+        identity: Mapping[str, str],
+        metrics: Metrics,
     ) -> None:
-        self.model, self.cache, self.limits = model, cache, limits
+        self.model, self.cache, self.limits, self.metrics = model, cache, limits, metrics
         self.contract = model.contract
         fresh, kept = answer.tail("model", identity), answer.tail("cache", identity)
         self.tails: dict[Outcome, bytes] = {"HIT": kept, "MISS": fresh, "BYPASS": fresh}
 
     def answer(self, requests: Sequence[Request]) -> list[Answer]:
         """One answer a request, in order. Never raises: what fails unexpectedly is logged and answered with 500."""
-        batch = [_Work(request, request.error) for request in requests]
-        try:
-            _each(self._identify, (work for work in batch if work.error is None))
-            known = [work for work in batch if work.key]
-            self._look_up(known)
-            self._compute([work for work in known if work.head is None])
-        except Exception:
-            log.exception("a batch failed; requests %s", ", ".join(request.request_id for request in requests))
-        return [self._close(work) for work in batch]
+        with self.metrics.batch(len(requests)):
+            batch = [_Work(request, request.error) for request in requests]
+            try:
+                _each(self._identify, (work for work in batch if work.error is None))
+                known = [work for work in batch if work.key]
+                with self.metrics.timed("lookup"):
+                    self._look_up(known)
+                self._compute([work for work in known if work.head is None])
+            except Exception:
+                log.exception("a batch failed; requests %s", ", ".join(request.request_id for request in requests))
+            with self.metrics.timed("encode"):
+                return [self._close(work) for work in batch]
 
     def _identify(self, work: _Work) -> None:
         request = work.request
@@ -133,7 +111,8 @@ class Service:
 
     def _run(self, leads: list[_Work], claimed: set[bytes]) -> None:
         """Decode, forward, encode, store; a claim on what got no answer is given up."""
-        _each(self._decode, leads)
+        with self.metrics.timed("decode"):
+            _each(self._decode, leads)
         try:
             self._forward([(work, work.item) for work in leads if work.item is not None])
         finally:
@@ -148,14 +127,23 @@ class Service:
         """Heads for all, from one call of the model; logits that are not finite fail their own request only."""
         if not batch:
             return
-        logits = self.model.predict(codecs.stacked([item for _, item in batch], self.contract))
-        finite: NDArray[np.bool_] = np.asarray(np.isfinite(logits).all(axis=1))
-        sound = bool(finite.all())
-        scores = probabilities(logits if sound else np.where(finite[:, np.newaxis], logits, 0))
-        rows, ids, start = scores.round(answer.DIGITS).tolist(), scores.argmax(axis=1).tolist(), 0
+        with self.metrics.timed("inference"):
+            logits = self.model.predict(codecs.stacked([item for _, item in batch], self.contract))
+        with self.metrics.timed("encode"):
+            finite: NDArray[np.bool_] = np.asarray(np.isfinite(logits).all(axis=1))
+            scores = probabilities(logits if finite.all() else np.where(finite[:, np.newaxis], logits, 0))
+            ids = scores.argmax(axis=1)
+            self._encode(batch, scores.round(answer.DIGITS).tolist(), ids.tolist(), finite.tolist())
+            sure = scores.max(axis=1)[finite].tolist()
+            self.metrics.predicted(ids[finite].tolist(), sure, self.contract.labels)
+
+    def _encode(
+        self, batch: list[tuple[_Work, codecs.Item]], rows: list[list[float]], ids: list[int], sound: list[bool]
+    ) -> None:
+        start = 0
         for work, item in batch:
             end = start + item.count
-            if sound or finite[start:end].all():
+            if all(sound[start:end]):
                 work.head = answer.head(item.form, rows[start:end], ids[start:end], self.contract.labels)
             else:
                 log.error("request %s: the model's logits are not finite", work.request.request_id)
@@ -166,6 +154,7 @@ class Service:
         if lead.head is not None:
             return Answer(200, lead.head + self.tails[work.outcome], work.outcome)
         fault = lead.error or Internal()
+        self.metrics.add("distillery_refusals_total", label=fault.code)
         return Answer(fault.status, answer.error(fault, work.request.request_id), "ERROR")
 
 

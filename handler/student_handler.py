@@ -7,22 +7,23 @@ TorchServe demands exactly one class here.
 import functools
 import logging
 import os
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from http import HTTPStatus
 from pathlib import Path
 from typing import Any, TypeVar
 
 import handler
-from handler import frames, metrics
+from handler import frames
 from handler.bundle import FILES, verify
 from handler.cache import CacheManager
 from handler.codecs.features import canonical
 from handler.contract import Contract
 from handler.errors import BadInput, BundleError, DistilleryError, Internal, ServeError
 from handler.frames import Message
+from handler.messages import Answer, Request
+from handler.metrics import Metrics, resident, to_torchserve
 from handler.model import load_model, replay
-from handler.service import Answer, Request, Service
+from handler.service import Service
 from handler.settings import HandlerSettings, environment, load
 
 log = logging.getLogger(__name__)
@@ -36,12 +37,11 @@ class StudentHandler:
     """Serves the student of the archive it lies in."""
 
     service: Service
-    sink: Any
 
     def initialize(self, context: Any) -> None:
         """Verify the archive, load the student and warm it up; raises DistilleryError rather than serve what is off."""
         try:
-            self.service, self.sink = _service(context), context.metrics
+            self.service = _service(context)
         except DistilleryError as error:
             log.error("refused to serve: %s", error)
             raise
@@ -58,10 +58,8 @@ class StudentHandler:
         return [_request_of(row, context, i) for i, row in enumerate(rows)]
 
     def inference(self, requests: list[Request]) -> list[Answer]:
-        """One answer a request, in order; they are counted in TorchServe's metrics."""
-        answers = self.service.answer(requests)
-        metrics.emit(self.sink, Counter(answer.outcome for answer in answers))
-        return answers
+        """One answer a request, in order."""
+        return self.service.answer(requests)
 
     def postprocess(self, answers: list[Answer], context: Any) -> list[bytes]:
         """The bodies; status and headers go to the context."""
@@ -95,7 +93,8 @@ def _service(context: Any) -> Service:
     version = context.manifest["model"]["modelVersion"]
     identity = {"name": context.model_name, "version": version, "digest": digest}
     cache = CacheManager.from_settings(settings.cache, [digest, context.model_name, version])
-    return Service(model, cache, settings.limits, identity)
+    metrics = Metrics(cache.totals, resident, to_torchserve(context.metrics))
+    return Service(model, cache, settings.limits, identity, metrics)
 
 
 def _refuse_foreign_code(root: Path) -> None:

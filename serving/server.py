@@ -113,7 +113,10 @@ def _launch(instance: Instance, archive: Archive, config: Path, tokens: bool) ->
     env = environment(instance, os.environ)
     shutil.rmtree(instance.temporary, ignore_errors=True)
     instance.temporary.mkdir(parents=True)
-    lines = [f"{key}={value}\n" for key, value in instance.properties.items()]
+    properties = dict(instance.properties)
+    if "metrics_config" in properties:  # the server may run in another folder
+        properties["metrics_config"] = str(config.resolve().parent / properties["metrics_config"])
+    lines = [f"{key}={value}\n" for key, value in properties.items()]
     with atomic(instance.home / "config.properties") as own:
         own.write_text("".join(lines))
     path = archive.path.resolve()

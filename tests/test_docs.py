@@ -9,7 +9,9 @@ from typing import Any
 
 import jsonschema
 import pytest
+import yaml
 
+from handler.metrics import METRICS
 from handler.settings import load
 from training.config import Experiment
 from training.reading import read_experiment
@@ -195,3 +197,15 @@ def test_scripts_are_short_executable_and_valid(path: Path) -> None:
     assert len(lines) <= 35
     assert path.stat().st_mode & 0o111
     assert subprocess.run(["bash", "-n", str(path)], check=False).returncode == 0
+
+
+def test_every_metric_is_declared_and_described() -> None:
+    declared = yaml.safe_load(Path("metrics.yaml").read_text())["model_metrics"]
+    found = {row["name"]: row["dimensions"] for row in declared["counter"] + declared["gauge"]}
+    expected: dict[str, list[str]] = {}
+    for name, metric in METRICS.items():
+        ends = {"_bucket": "le", "_sum": "", "_count": ""} if metric.buckets else {"": metric.label}
+        expected |= {name + end: ["ModelName", "Level", *([label] if label else [])] for end, label in ends.items()}
+        assert f"| `{name}{'{' + metric.label + '}' if metric.label else ''}` |" in Path("docs/metrics.md").read_text()
+    assert found == expected
+    assert [row["name"] for row in declared["gauge"]] == [name for name, metric in METRICS.items() if metric.gauge]

@@ -117,7 +117,8 @@ def make_site(packed: Path) -> Site:
     (site.folder / "model_store").mkdir()
     (site.folder / "t").mkdir()
     shutil.copy(packed, site.folder / "model_store" / "student.mar")
-    shutil.copy(ROOT / "log4j2.xml", site.folder)
+    for name in ("log4j2.xml", "metrics.yaml"):
+        shutil.copy(ROOT / name, site.folder)
     config, port = (ROOT / "config.properties").read_text(), site.port
     while taken(tuple(range(port, port + 5))) or port == site.port:
         port = free_ports()

@@ -19,7 +19,7 @@ from ts.service import Service
 from handler import frames
 from handler.cache import CacheManager
 from handler.frames import Message, Reader
-from handler.service import Answer, Outcome
+from handler.messages import Answer, Outcome
 from handler.settings import CacheSettings
 from tests.handler.payloads import RAW, Pixels
 from tests.handler.test_student_handler import BAD, forms

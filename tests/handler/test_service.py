@@ -15,7 +15,9 @@ from handler import codecs
 from handler.cache import CacheManager
 from handler.contract import Contract, probabilities
 from handler.errors import BadInput
-from handler.service import Answer, Request, Service
+from handler.messages import Answer, Request
+from handler.metrics import Metrics
+from handler.service import Service
 from handler.settings import LimitSettings
 from handler.stores import MemoryStore
 from tests.handler.payloads import JSON, RAW, dumps
@@ -49,7 +51,7 @@ class Bench:
         self.model, self.now = Echo(), 0.0
         store = MemoryStore(entries=100, size_bytes=1 << 20, ttl_s=60, clock=lambda: self.now)
         self.cache = CacheManager(store, ["digest"])
-        self.service = Service(self.model, self.cache, LimitSettings(rows=3), {"name": "m", "version": "1"})
+        self.service = Service(self.model, self.cache, LimitSettings(rows=3), {"name": "m", "version": "1"}, Metrics())
 
     def ask(self, *requests: Request) -> list[Answer]:
         return self.service.answer(requests)

@@ -1,0 +1,39 @@
+"""What the core is asked and what it answers, whatever server stands around it."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from handler.errors import ServeError
+
+Outcome = Literal["HIT", "MISS", "BYPASS", "ERROR"]
+Headers = tuple[tuple[str, str], ...]
+TYPE = "content-type", "application/json"
+
+
+@dataclass(slots=True)
+class Request:
+    """One request: its body and Content-Type (lower case, no parameters), or the error that reading it met.
+
+    `look_up` false: the model answers even if the cache could. `store` false: the cache does not keep the answer.
+    """
+
+    payload: bytes = b""
+    content_type: str = ""
+    request_id: str = ""
+    look_up: bool = True
+    store: bool = True
+    error: ServeError | None = None
+
+
+@dataclass(slots=True)
+class Answer:
+    """What one request gets: HTTP's status, JSON, and what became of it."""
+
+    status: int
+    body: bytes
+    outcome: Outcome
+
+    @property
+    def headers(self) -> Headers:
+        """Names and values."""
+        return (TYPE,) if self.outcome == "ERROR" else (TYPE, ("X-Cache", self.outcome))
