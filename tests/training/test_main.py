@@ -60,7 +60,7 @@ def is_newer(path: Path, age: int) -> bool:
 
 
 def wait_until(holds: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 180
     while not holds() and time.monotonic() < deadline:
         time.sleep(0.01)
     assert holds()
