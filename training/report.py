@@ -17,7 +17,7 @@ from handler.bundle import FILES
 from handler.contract import Contract
 from handler.engines import ENGINES, Forward, Setup, on_torch
 from handler.networks import NETWORKS
-from training import evaluate, measure, plots
+from training import evaluate, measure
 from training.artifact import save_json, versions
 from training.config import Experiment
 from training.data import Dataset, Split
@@ -60,6 +60,8 @@ def write(
 
     `files` hold the networks, by role; an ensemble has several. `command` is what makes all this again.
     """
+    from training import plots  # here, for importing matplotlib would cost every training a second
+
     test, logits = dataset.test, {}
     with bar("evaluate", len(trained)) as advance:
         for role, network in trained.items():

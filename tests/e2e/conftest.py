@@ -39,8 +39,11 @@ def until(found: Callable[[], Any], what: str, wait_s: float = WAIT_S) -> Any:
 
 
 def free_ports() -> int:
-    """The first of five free ports in a row."""
-    firsts = random.sample(range(20_000, 32_000, 5), 200)
+    """The first of five free ports in a row, which no process of the tests beside this one chooses from."""
+    count = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+    own = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
+    groups = range(20_000 + 5 * own, 32_000, 5 * count)
+    firsts = random.sample(groups, len(groups))
     return next(port for port in firsts if not taken(tuple(range(port, port + 5))))
 
 
@@ -72,7 +75,7 @@ class Site:
 
     def run(self, *command: str, **environ: str) -> Done:
         done = subprocess.run(
-            command, cwd=self.folder, env={**self.environ, **environ}, timeout=120, text=True,
+            command, cwd=self.folder, env={**self.environ, **environ}, timeout=240, text=True,
             stdin=subprocess.DEVNULL, capture_output=True, check=False,
         )  # fmt: skip
         return Done(done.returncode, done.stdout, done.stderr)

@@ -3,7 +3,6 @@
 import json
 import os
 import shutil
-import socket
 import subprocess
 import sys
 import time
@@ -12,27 +11,16 @@ from pathlib import Path
 
 import pytest
 
+from tests.e2e.conftest import free_ports
+
 pytestmark = pytest.mark.e2e
-
-
-def free_ports(count: int) -> int:
-    """The first of `count` ports in a row that nobody holds."""
-    for first in range(21000, 60000, count):
-        try:
-            for port in range(first, first + count):
-                with socket.socket() as probe:
-                    probe.bind(("127.0.0.1", port))
-        except OSError:
-            continue
-        return first
-    raise AssertionError("no free ports")
 
 
 class Newcomer:
     """A fresh copy of what git would give a newcomer, with this suite's environment as its .venv."""
 
     def __init__(self, folder: Path) -> None:
-        self.folder, self.port = folder, free_ports(6)
+        self.folder, self.port = folder, free_ports()
         listed = ["git", "ls-files", "--cached", "--others", "--exclude-standard"]
         for name in subprocess.run(listed, capture_output=True, text=True, check=True).stdout.splitlines():
             if Path(name).is_file():
@@ -48,7 +36,7 @@ class Newcomer:
     def run(self, *command: str) -> subprocess.CompletedProcess[str]:
         environ = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
         return subprocess.run(
-            command, cwd=self.folder, env=environ, capture_output=True, text=True, check=False, timeout=280
+            command, cwd=self.folder, env=environ, capture_output=True, text=True, check=False, timeout=560
         )
 
     def serving(self, *arguments: str) -> subprocess.CompletedProcess[str]:

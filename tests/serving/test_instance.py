@@ -70,7 +70,7 @@ def test_the_settings_are_safe_by_default() -> None:
     assert "load_models" not in found
 
 
-@pytest.mark.parametrize("text", ["", "text", "999999999", str(os.getpid())])
+@pytest.mark.parametrize("text", ["", "text", "999999999", pytest.param(str(os.getpid()), id="our own")])
 def test_a_pid_file_that_names_no_torchserve_is_nobody(tmp_path: Path, text: str) -> None:
     (tmp_path / ".model_server.pid").write_text(text)
     assert java(tmp_path) is None

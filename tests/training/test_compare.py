@@ -165,7 +165,6 @@ def test_both_halves_of_a_claim_can_be_compared(
 
 
 @pytest.mark.e2e
-@pytest.mark.timeout(600)
 def test_trained_compared_and_carried_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Real trainings: failures are named and stop nobody, the teacher is trained once, a second start only finishes."""
     folder, runs = pictures.draw(tmp_path / "pictures"), tmp_path / "runs"

@@ -4,6 +4,7 @@ import functools
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -20,9 +21,9 @@ from training.__main__ import main
 SMALL = ["data.train_limit=1280", "data.test_limit=200", "student.network=seed_student", "teacher.network=seed_student"]
 
 
-def command(tmp_path: Path, *more: str) -> list[str]:
+def command(tmp_path: Path, *more: str, stage: str = "run") -> list[str]:
     experiment = "training/experiments/quickstart.yaml"
-    module = [sys.executable, "-m", "training", "run", experiment, "name=x", "--runs", str(tmp_path)]
+    module = [sys.executable, "-m", "training", stage, experiment, "name=x", "--runs", str(tmp_path)]
     return [*module, *SMALL, *more]
 
 
@@ -59,7 +60,7 @@ def is_newer(path: Path, age: int) -> bool:
 
 
 def wait_until(holds: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 180
     while not holds() and time.monotonic() < deadline:
         time.sleep(0.01)
     assert holds()
@@ -71,8 +72,10 @@ def test_stopped_and_killed_at_five_moments_and_resumed_the_student_is_the_same_
     left alone. Each killed process has come further than the one before, so that the run ends.
     """
     more = ("teacher.epochs=1", "student.epochs=30", "bank=true", "--resume")
-    whole = subprocess.run(command(tmp_path / "whole", *more), capture_output=True, text=True, check=False)
-    assert whole.returncode == 0, whole.stderr
+    for stage in ("prepare", "student"):
+        alone = command(tmp_path / "whole", *more, stage=stage)
+        whole = subprocess.run(alone, capture_output=True, text=True, check=False)
+        assert whole.returncode == 0, whole.stderr
     folder, chance = tmp_path / "parts" / "x", random.Random(0)
     checkpoint = folder / "student.checkpoint.pt"
     for number, status in [(signal.SIGINT, 130)] + [(signal.SIGKILL, -signal.SIGKILL)] * 5:
@@ -113,12 +116,14 @@ def test_two_processes_have_the_losses_of_one(tmp_path: Path) -> None:
     alone = [sys.executable]
     torchrun = [*alone, "-m", "torch.distributed.run", "--standalone", "--local-addr=127.0.0.1", "--nproc-per-node=2"]
     losses = {}
+    prepare = [*alone, "-m", "training", "prepare", *more[1:], "--runs", str(tmp_path / "one")]
+    subprocess.run(prepare, capture_output=True, check=True)
+    shutil.copytree(tmp_path / "one", tmp_path / "two")
     for count, start in (("one", alone), ("two", torchrun)):
         arguments = [*more, "--runs", str(tmp_path / count)]
-        subprocess.run([*alone, "-m", "training", "prepare", *arguments[1:]], capture_output=True, check=True)
         process = subprocess.Popen([*start, "-m", "training", *arguments], stderr=subprocess.PIPE, text=True)
         try:
-            _, error = process.communicate(timeout=120)
+            _, error = process.communicate(timeout=240)
         finally:
             process.terminate()  # torchrun ends its children
         assert process.returncode == 0, error
