@@ -133,6 +133,7 @@ def test_the_log_is_quiet_about_requests_that_go_well(served: Site, golden: arch
         assert post(served.instance(), image.tobytes(), RAW).status_code == 200
     assert [path.stat().st_size for path in logs] == before
     assert "engine onnx" in logs[0].read_text()
+    assert "TorchServe 0.12.0: its frames are read and written in one pass" in logs[0].read_text()
 
 
 GREY = np.arange(784, dtype=np.uint8).reshape(28, 28)
