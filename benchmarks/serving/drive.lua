@@ -17,7 +17,7 @@ function init(arguments)
   end
   file:close()
   for line in io.lines(order) do places[#places + 1] = tonumber(line) + 1 end
-  at = tonumber(begin)
+  at = tonumber(begin) - 1 -- wrk asks for one more before the first, to see that it is whole
 end
 
 function request()

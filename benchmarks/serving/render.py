@@ -12,7 +12,7 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from matplotlib.ticker import NullFormatter
+from matplotlib.ticker import LogLocator, NullFormatter
 
 from handler.bundle import atomic
 
@@ -115,6 +115,7 @@ def _chart(result: Mapping[str, Any], form: str, kind: str, path: Path) -> None:
         _lines(axes, result["contestants"], points, across, key)
         axes.set(xscale="log", yscale="log")
         axes.set_xticks(sorted({point[across] for point in points}))
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         for axis in (axes.xaxis, axes.yaxis):
             axis.set_major_formatter("{x:,g}")
             axis.set_minor_formatter(NullFormatter())

@@ -1,4 +1,4 @@
-"""BentoML: one service of WORKERS processes, an image as the body. Its batching takes a second service and costs more."""
+"""BentoML: one service of WORKERS processes, an image as the body; its batching takes a second service, and costs."""
 
 import os
 from typing import Any
