@@ -136,7 +136,6 @@ def measure(options: argparse.Namespace, store: Path) -> dict[str, Any]:
 def main(arguments: list[str] | None = None) -> int:
     """Measure, print and write. Status 0, 1 when something was wrong or could not be measured, 130 when interrupted."""
     options = options_of(arguments)
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # ended politely, it ends its servers too
     environments.clean()
     settings = {name: value for name, value in vars(options).items() if not isinstance(value, Path)}
     about = {"command": shlex.join(["python", "-m", "benchmarks.serving", *(arguments or sys.argv[1:])])}
@@ -161,4 +160,6 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    for number in (signal.SIGINT, signal.SIGTERM):  # ended politely, it ends its servers too
+        signal.signal(number, signal.default_int_handler)
     sys.exit(main())

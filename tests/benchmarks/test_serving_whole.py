@@ -14,7 +14,11 @@ from handler.errors import DistilleryError
 from tests.bundles import random_source
 from training.export import FORMATS
 
-pytestmark = [pytest.mark.e2e, pytest.mark.skipif(not shutil.which("wrk"), reason="wrk is not installed")]
+pytestmark = [
+    pytest.mark.e2e,
+    pytest.mark.timeout(900),
+    pytest.mark.skipif(not shutil.which("wrk"), reason="wrk is not installed"),
+]
 CACHE = Path.home() / ".cache" / "distillery" / "serving"
 
 
