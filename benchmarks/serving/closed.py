@@ -47,7 +47,8 @@ def measure(
     if wrk.returncode:
         raise DistilleryError(f"wrk failed: {' '.join((error or out).split())[:200]}")
     figures: dict[str, float] = json.loads(out.strip().splitlines()[-1])
-    own = {"requests_per_s": figures["requests"] / figures["seconds"], "client_cpu": (_cpu_s() - before) / seconds}
+    answered = figures["requests"] - figures["refused"]
+    own = {"requests_per_s": answered / figures["seconds"], "client_cpu": (_cpu_s() - before) / seconds}
     return {**figures, **own}, judged
 
 

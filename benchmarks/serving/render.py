@@ -12,7 +12,7 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from matplotlib.ticker import LogLocator, NullFormatter
+from matplotlib.ticker import LogLocator, NullLocator
 
 from handler.bundle import atomic
 
@@ -55,7 +55,7 @@ def _section(result: Mapping[str, Any], form: str, kind: str) -> list[str]:
     title, name = f"{form} bodies, {TRAFFIC[kind]}", result["settings"]["reference"]
     reference = result["contestants"].get(name, name)
     parts = [
-        (f"Requests a second, {title}, by clients", "clients", closed, lambda p: _range(p["requests_per_s"], 0)),
+        (f"Requests a second, {title}, by clients", "clients", closed, _speed),
         (f"{reference} over each, in the same round", "clients", ratios, lambda p: _range(p["ratio"], 2)),
         ("Latency p50 / p99, ms, by clients", "clients", closed, _latency),
         ("The same in an open loop, from the scheduled send, by requests a second", "rate", opened, _latency),
@@ -75,7 +75,8 @@ def _table(titles: Mapping[str, str], title: str, across: str, points: Sequence[
 
 def _answers(result: Mapping[str, Any]) -> list[str]:
     """What became of all that was sent."""
-    lines = ["", "## Answers", "", "| | sent | refused | lost | judged | wrong |", "|---|---|---|---|---|---|"]
+    lines = ["", "## Answers", "", "A star above: some were refused or lost; they do not count as answered.", ""]
+    lines += ["| | sent | refused | lost | judged | wrong |", "|---|---|---|---|---|---|"]
     for name, title in result["contestants"].items():
         found = [point for point in result["points"] if point["contestant"] == name]
         counts = [sum(p[key] for p in found) for key in ("requests", "refused", "lost", "judged", "wrong")]
@@ -105,7 +106,7 @@ def _generator(found: Mapping[str, Any]) -> list[str]:
 def _chart(result: Mapping[str, Any], form: str, kind: str, path: Path) -> None:
     """Requests a second by clients; latency by rate, or by clients where no open loop was measured."""
     closed, opened = _split(result["points"], form, kind)
-    figure = Figure(figsize=(12.5, 5), dpi=110, layout="constrained")
+    figure = Figure(figsize=(14, 5), dpi=110, layout="constrained")
     FigureCanvasAgg(figure)
     left, right = (figure.add_subplot(1, 2, i + 1) for i in range(2))
     for axes, points, across, key in (
@@ -118,22 +119,23 @@ def _chart(result: Mapping[str, Any], form: str, kind: str, path: Path) -> None:
         axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         for axis in (axes.xaxis, axes.yaxis):
             axis.set_major_formatter("{x:,g}")
-            axis.set_minor_formatter(NullFormatter())
+            axis.set_minor_locator(NullLocator())
         axes.grid(alpha=0.3)
     left.set(xlabel="clients", ylabel="requests a second", title=f"closed loop, {form}, {TRAFFIC[kind]}")
     scheduled = "open loop: p99 from the scheduled send" if opened else "closed loop: p99"
     right.set(xlabel="requests a second" if opened else "clients", ylabel="p99, ms", title=scheduled)
-    left.legend(fontsize=7)
+    figure.legend(*left.get_legend_handles_labels(), fontsize=8, loc="outside right upper")
     with atomic(path) as temporary:
         figure.savefig(temporary, format="png", metadata={"Software": None})
 
 
 def _lines(axes: Axes, titles: Mapping[str, str], points: Sequence[Point], across: str, key: str) -> None:
     """One line a contestant, with the spread over the rounds as bars."""
-    peers = iter(PEERS * 2)
+    families = list(dict.fromkeys(name.partition("-")[0] for name in titles if name.partition("-")[0] != "distillery"))
     for name, title in titles.items():
-        ours, ceiling = name.startswith("distillery"), "empty" in name or name == "nothing"
-        colour = OURS if ours else CEILING if ceiling else next(peers)
+        family, ceiling = name.partition("-")[0], "empty" in name or name == "nothing"
+        own = OURS if family == "distillery" else PEERS[families.index(family) % len(PEERS)]
+        colour = CEILING if ceiling else own
         style = ":" if ceiling else "--" if name.endswith("-latency") else "-"
         found = sorted((p for p in points if p["contestant"] == name), key=lambda p: float(p[across]))
         if found:
@@ -157,8 +159,17 @@ def _range(found: Mapping[str, float], digits: int) -> str:
     return f"{middle} ({low}–{high})"
 
 
+def _speed(point: Point) -> str:
+    return _range(point["requests_per_s"], 0) + _mark(point)
+
+
 def _latency(point: Point) -> str:
-    return f"{point['p50_ms']['median']:.2f} / {point['p99_ms']['median']:.1f}"
+    return f"{point['p50_ms']['median']:.2f} / {point['p99_ms']['median']:.1f}{_mark(point)}"
+
+
+def _mark(point: Point) -> str:
+    """A star where somebody got no answer: what was refused is not counted as speed, yet it was quick."""
+    return " *" if point["refused"] or point["lost"] else ""
 
 
 if __name__ == "__main__":

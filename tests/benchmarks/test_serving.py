@@ -23,7 +23,7 @@ from benchmarks.serving.traffic import Traffic
 
 
 @contextmanager
-def answering(answer: Callable[[bytes], bytes | None], protocol: str = "HTTP/1.1") -> Iterator[int]:
+def answering(answer: Callable[[bytes], bytes | None], protocol: str = "HTTP/1.1", status: int = 200) -> Iterator[int]:
     """The port of a server that answers each body with another one, or breaks the connection (None)."""
 
     class Handler(BaseHTTPRequestHandler):
@@ -35,7 +35,7 @@ def answering(answer: Callable[[bytes], bytes | None], protocol: str = "HTTP/1.1
             if body is None:
                 self.close_connection = True
                 return
-            self.send_response(200)
+            self.send_response(status)
             self.send_header("Content-Length", str(len(body)))
             self.end_headers()
             self.wfile.write(body)
@@ -95,6 +95,17 @@ def test_latency_counts_from_the_scheduled_time_and_the_lost_wait_to_the_end() -
     figures = summary.open_loop(found)
     assert figures["p50_ms"] == pytest.approx(900) and figures["requests_per_s"] == pytest.approx(2 / 5.2)
     assert figures["late_ms_p99"] > 4000
+    found.status[1] = 503
+    assert summary.open_loop(found)["requests_per_s"] == pytest.approx(1 / 5.2), "a refusal is no answer"
+
+
+@pytest.mark.skipif(not shutil.which("wrk"), reason="wrk is not installed")
+def test_a_refusal_does_not_count_as_speed(traffic: Traffic) -> None:
+    files = traffic.bodies_file("raw"), traffic.order_file("unique")
+    with answering(lambda body: b"no", status=503) as port:
+        probes = requests(len(closed.probe_times(2)))
+        figures, _ = closed.measure(f"http://127.0.0.1:{port}/", port, 2, 2, ("text/plain", *files, 0), probes)
+    assert figures["requests"] == figures["refused"] > 0 and figures["requests_per_s"] == 0
 
 
 def test_arrivals_are_a_poisson_process() -> None:
@@ -186,7 +197,7 @@ def record(name: str, number: int, speed: float, clients: int = 8, **more: float
 
 RECORDS = [
     *(record("mosec", i, speed) for i, speed in enumerate((100.0, 10.0, 40.0))),
-    *(record("distillery-throughput", i, speed) for i, speed in enumerate((200.0, 30.0, 40.0))),
+    *(record("distillery-throughput", i, speed, refused=1) for i, speed in enumerate((200.0, 30.0, 40.0))),
     *(record("nothing", i, 1000.0, clients=64) for i in range(2)),
 ]
 
@@ -262,6 +273,7 @@ def test_the_tables_say_what_was_measured(tmp_path: Path) -> None:
     render.write(result, tmp_path / "found.json")
     text = (tmp_path / "found.md").read_text()
     assert "| mosec, batches to 128 | 40 (10–100) |" in text
+    assert "| Distillery, batches to 128 | 40 (30–200) * |" in text
     assert "| mosec, batches to 128 | 2.00 (1.00–3.00) |" in text
     assert "| mosec, batches to 128 | 30 | 0 | 0 | 15 | 0 |" in text
     assert "Flask, our first service is left out: round 1: it did not start" in text
