@@ -1,0 +1,91 @@
+"""TorchServe in its shapes: our archive, upstream's defaults with a plain handler, an empty handler read two ways."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+from benchmarks.serving.environments import PEERS, ROOT
+from benchmarks.serving.processes import Alive, running
+from benchmarks.serving.stage import Stage
+from handler.errors import DistilleryError
+from handler.settings import HandlerSettings
+from serving import archive, server
+from serving.archive import ServeSettings
+from serving.instance import Instance, read_properties
+
+CONFIG = ROOT / "config.properties"
+HERE = PEERS / "torchserve"
+MODEL = "student"
+
+
+@contextmanager
+def distillery(stage: Stage, *, batch_size: int) -> Iterator[Alive]:
+    """Our archive as it is packed, started as `python -m serving start` does."""
+    store = stage.store / f"distillery-{batch_size}"
+    settings = ServeSettings(batch_size=batch_size, handler=HandlerSettings(engine="onnx"))
+    path = store / f"{MODEL}.mar"
+    if not path.is_file():
+        archive.pack(stage.bundle, store, name=MODEL, settings=settings)
+    instance = Instance(stage.folder, stage.folder, {**read_properties(CONFIG), **stage.addresses()})
+    server.start(instance, path, config=CONFIG, tokens=False)
+    try:
+        yield lambda: instance.process() is not None
+    finally:
+        server.stop(instance, 0)
+
+
+@contextmanager
+def stock(stage: Stage) -> Iterator[Alive]:
+    """Upstream's defaults: batches of one, a worker a core, fifteen lines of log a request."""
+    with _torchserve(stage, "plain", {}, {}) as alive:
+        yield alive
+
+
+@contextmanager
+def empty(stage: Stage, *, batch_size: int, reading: str) -> Iterator[Alive]:
+    """Our settings and log, and a handler that does nothing; `reading` upstream or buffered, how its socket is read."""
+    if reading == "buffered" and not (ROOT / "handler" / "frames.py").is_file():
+        raise DistilleryError("this checkout has no handler/frames.py")
+    model = {"minWorkers": 1, "maxWorkers": 1, "batchSize": batch_size, "maxBatchDelay": 1}
+    with _torchserve(stage, "empty", model, read_properties(CONFIG), READING=reading) as alive:
+        yield alive
+
+
+@contextmanager
+def _torchserve(
+    stage: Stage, handler: str, model: Mapping[str, int], properties: Mapping[str, str], **environ: str
+) -> Iterator[Alive]:
+    path = _archived(stage, handler, model)
+    home = {"LOG_LOCATION": stage.folder / "logs", "METRICS_LOCATION": stage.folder / "logs", "TEMP": stage.folder}
+    config = stage.folder / "config.properties"
+    config.write_text("".join(f"{key}={value}\n" for key, value in {**properties, **stage.addresses()}.items()))
+    command = [sys.executable, "-P", "-m", "ts.model_server", "--start", "--foreground", "--ncs"]
+    command += ["--model-store", str(path.parent), "--models", f"{MODEL}={path.name}", "--disable-token-auth"]
+    command += ["--ts-config", str(config), *(["--log-config", str(ROOT / "log4j2.xml")] if properties else [])]
+    own = {name: str(value) for name, value in home.items()} | {"JAVA_HOME": server.java_home(os.environ)}
+    with running(command, folder=stage.folder, environ=stage.environ(**own, **environ), log=stage.log) as alive:
+        yield alive
+
+
+def _archived(stage: Stage, handler: str, model: Mapping[str, int]) -> Path:
+    """The archive of a handler of peers/torchserve, made by upstream's archiver."""
+    store = stage.store / "-".join([handler, *map(str, model.values())])
+    path = store / f"{MODEL}.mar"
+    if path.is_file():
+        return path
+    store.mkdir(parents=True)
+    command = [sys.executable, "-P", "-m", "model_archiver.model_packaging", "--model-name", MODEL, "--version", "1.0"]
+    command += ["--handler", str(HERE / f"{handler}.py"), "--export-path", str(store)]
+    if model:
+        config = stage.folder / "model-config.yaml"
+        config.write_text("".join(f"{key}: {value}\n" for key, value in model.items()))
+        command += ["--config-file", str(config)]
+    environ = {**os.environ, "TMPDIR": str(stage.folder)}
+    done = subprocess.run(command, env=environ, capture_output=True, text=True, check=False)
+    if done.returncode:
+        reason = (done.stderr.strip().splitlines() or ["no message"])[-1]
+        raise DistilleryError(f"torch-model-archiver failed: {reason}")
+    return path
