@@ -47,10 +47,9 @@ def stock(stage: Stage) -> Iterator[Alive]:
 @contextmanager
 def empty(stage: Stage, *, batch_size: int, reading: str) -> Iterator[Alive]:
     """Our settings and log, and a handler that does nothing; `reading` upstream or buffered, how its socket is read."""
-    if reading == "buffered" and not (ROOT / "handler" / "frames.py").is_file():
-        raise DistilleryError("this checkout has no handler/frames.py")
     model = {"minWorkers": 1, "maxWorkers": 1, "batchSize": batch_size, "maxBatchDelay": 1}
-    with _torchserve(stage, "empty", model, read_properties(CONFIG), READING=reading) as alive:
+    properties = {**read_properties(CONFIG), "metrics_config": str(ROOT / "metrics.yaml")}
+    with _torchserve(stage, "empty", model, properties, READING=reading) as alive:
         yield alive
 
 

@@ -7,8 +7,10 @@ from pathlib import Path
 from handler.bundle import FILES, verify
 from handler.cache import CacheManager
 from handler.contract import Contract
+from handler.messages import Request
+from handler.metrics import Metrics
 from handler.model import load_model
-from handler.service import Request, Service
+from handler.service import Service
 from handler.settings import HandlerSettings
 
 BATCH = 128
@@ -23,7 +25,7 @@ def load() -> Service:
     model, _ = load_model(root, Contract.read(root / FILES.contract), settings, 1, None, BATCH)
     model.warm_up([2**i for i in range(BATCH.bit_length())])
     cache = CacheManager.from_settings(settings.cache, [digest])
-    return Service(model, cache, settings.limits, {"name": "student", "version": "1.0", "digest": digest})
+    return Service(model, cache, settings.limits, {"name": "student", "version": "1.0", "digest": digest}, Metrics())
 
 
 def answers(service: Service, bodies: Sequence[bytes]) -> list[bytes]:
