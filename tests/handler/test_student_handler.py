@@ -303,24 +303,32 @@ def test_when_the_forward_fails_hits_are_still_answered(
     assert reply.headers["X-Cache"] == "MISS"
 
 
-def test_metrics_are_one_line_each_a_batch(worker: Worker, images: Pixels, caplog: Any) -> None:
+def test_what_became_of_the_requests_is_counted(worker: Worker, images: Pixels, caplog: Any) -> None:
+    """In one line a figure, however many batches there were."""
     caplog.set_level(logging.INFO)
+    counted = worker.handler.service.metrics
+    counted.scheduled = True  # emitted here, not by the clock
     good = post(images[0].tobytes(), RAW)
-    worker.ask(good)
-    caplog.clear()
     bypass = post(images[0].tobytes(), RAW, Cache_Control="no-cache")
+    worker.ask(good)
     worker.ask(good, good, post(images[1].tobytes(), RAW), bypass, post(b""))
-    lines = [record.getMessage() for record in caplog.records if "distillery" in record.getMessage()]
-    counts = {line.split("]")[1].split(".")[0]: line.split(":")[1].split("|")[0] for line in lines}
-    assert counts == {
-        "distillery_requests_total": "5",
-        "distillery_cache_hits_total": "2",
-        "distillery_cache_misses_total": "1",
-        "distillery_cache_bypassed_total": "1",
-        "distillery_errors_total": "1",
-    }
-    assert len(lines) == 5
-    assert all("ModelName:student,Level:Model" in line and "type:COUNTER" in line for line in lines)
+    counted.flush()
+    lines = [record.getMessage() for record in caplog.records if "[METRICS]distillery" in record.getMessage()]
+    found = {(line[9:].split(".")[0], line.split("|")[1]): float(line.split(":")[1].split("|")[0]) for line in lines}
+    assert len(found) == len(lines)
+    own = "#ModelName:student,Level:Model"
+    expected = {"requests": 6, "cache_hits": 2, "cache_misses": 2, "cache_bypassed": 1, "cache_deduplicated": 0}
+    assert {name: found[f"distillery_{name}_total", own] for name in expected} == expected
+    assert found["distillery_refusals_total", f"{own},code:empty_body"] == 1
+    classes = {key[1]: n for key, n in found.items() if key[0] == "distillery_predictions_total"}
+    assert sum(classes.values()) == 3 and all(labels.startswith(f"{own},class:") for labels in classes)
+    assert found["distillery_confidence_count", own] == 3
+    for step in ("batch", "lookup", "decode", "inference", "encode"):
+        assert found[f"distillery_{step}_seconds_sum", own] > 0
+    assert found["distillery_batch_requests_bucket", f"{own},le:1"] == 1
+    assert found["distillery_batch_requests_bucket", f"{own},le:8"] == 2
+    [resident] = [n for (name, _), n in found.items() if name == "distillery_resident_bytes"]
+    assert resident > 1e7
 
 
 # What may not be served
