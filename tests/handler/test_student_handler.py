@@ -5,6 +5,7 @@ import json
 import logging
 import shutil
 import sys
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -313,7 +314,8 @@ def test_what_became_of_the_requests_is_counted(worker: Worker, images: Pixels, 
     worker.ask(good)
     worker.ask(good, good, post(images[1].tobytes(), RAW), bypass, post(b""))
     counted.flush()
-    lines = [record.getMessage() for record in caplog.records if "[METRICS]distillery" in record.getMessage()]
+    here = [record for record in caplog.records if record.thread == threading.get_ident()]  # not an earlier worker's
+    lines = [record.getMessage() for record in here if "[METRICS]distillery" in record.getMessage()]
     found = {(line[9:].split(".")[0], line.split("|")[1]): float(line.split(":")[1].split("|")[0]) for line in lines}
     assert len(found) == len(lines)
     own = "#ModelName:student,Level:Model"
