@@ -113,16 +113,15 @@ def _launch(instance: Instance, archive: Archive, config: Path, tokens: bool) ->
     env = environment(instance, os.environ)
     shutil.rmtree(instance.temporary, ignore_errors=True)
     instance.temporary.mkdir(parents=True)
-    properties = dict(instance.properties)
-    if "metrics_config" in properties:  # the server may run in another folder
-        properties["metrics_config"] = str(config.resolve().parent / properties["metrics_config"])
-    lines = [f"{key}={value}\n" for key, value in properties.items()]
+    beside = config.resolve().parent
+    declared = {"metrics_config": beside / "metrics.yaml"} if (beside / "metrics.yaml").is_file() else {}
+    lines = [f"{key}={value}\n" for key, value in {**declared, **instance.properties}.items()]
     with atomic(instance.home / "config.properties") as own:
         own.write_text("".join(lines))
     path = archive.path.resolve()
     command = [sys.executable, "-P", "-m", "ts.model_server", "--start", "--ncs"]
     command += ["--model-store", str(path.parent), "--models", f"{archive.name}={path.name}"]
-    quiet = config.resolve().parent / "log4j2.xml"
+    quiet = beside / "log4j2.xml"
     command += ["--log-config", str(quiet)] if quiet.is_file() else []
     command += [] if tokens else ["--disable-token-auth"]
     console = instance.home / "console.log"
