@@ -30,6 +30,7 @@ import yaml
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from benchmarks.machine import machine
 from handler.errors import DistilleryError
 from handler.networks import build
 from training import data
@@ -158,18 +159,6 @@ def ratios(speeds: dict[str, list[float]]) -> dict[str, Any]:
     return found
 
 
-def machine() -> dict[str, Any]:
-    """Where this runs; the load is that of others, before the first run."""
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    return {
-        "cpu": next((s.partition(": ")[2] for s in lines if s.startswith("model name")), platform.machine()),
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "load_before": round(os.getloadavg()[0], 2),
-    }
-
-
 def measure(bench: Bench, repetitions: int) -> dict[str, Any]:
     """Prepare, find torchdistill's best number of workers, then all of them in turns."""
     bench.write_images()
@@ -212,7 +201,7 @@ def main() -> int:
         parser.error(f"expected --images of at least {BATCH}, --epochs of at least 2, --repetitions of at least 1")
     result = {
         "command": shlex.join(["python", *sys.argv]),
-        "machine": machine(),
+        "machine": {**machine(), "threads": torch.get_num_threads()},
         "versions": {
             "python": platform.python_version(),
             "torch": torch.__version__,

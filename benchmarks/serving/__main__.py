@@ -16,6 +16,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from benchmarks.machine import machine
 from benchmarks.serving import environments, generator, payloads, render, rounds, summary
 from benchmarks.serving.bench import Bench, Point
 from benchmarks.serving.contestants import CONTESTANTS
@@ -71,17 +72,6 @@ def _names(text: str) -> tuple[str, ...]:
     if unknown:
         raise argparse.ArgumentTypeError(f"'{unknown[0]}': expected all, or some of {', '.join(CONTESTANTS)}")
     return names
-
-
-def machine() -> dict[str, Any]:
-    """Where this runs; the load is that of others, before the first start."""
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    return {
-        "cpu": next((s.partition(": ")[2] for s in lines if s.startswith("model name")), platform.machine()),
-        "cores": os.cpu_count(),
-        "load_before": round(os.getloadavg()[0], 2),
-    }
 
 
 def versions(names: tuple[str, ...]) -> dict[str, str]:

@@ -6,6 +6,7 @@ corner, where nothing is to be seen). Sent in turn, no image comes again before 
 
 import base64
 import json
+import os
 import struct
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -13,7 +14,6 @@ from io import BytesIO
 from pathlib import Path
 
 import numpy as np
-import onnxruntime
 import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
@@ -21,13 +21,14 @@ from PIL import Image
 
 from handler.bundle import FILES
 from handler.contract import Contract
+from handler.engines import ENGINES, Setup
 from training import data
 from training.config import DataSettings
+from training.measure import answers
 
 Pixels = NDArray[np.uint8]
 LAPS = 3  # of the test images in the pool
 STAMP = 4  # pixels, a hexadecimal digit in each
-TOGETHER = 500  # images, of which the right answers are computed at once
 SURE = 1e-3  # logits nearer than this to each other are level: PyTorch may see the other one in front
 LEVEL = -1
 
@@ -82,13 +83,10 @@ def load(bundle: Path, limit: int = 0) -> Pool:
     if found.shape[1:] != contract.shape:
         found = F.interpolate(found, contract.shape[1:]).expand(-1, contract.channels, -1, -1)
     images = stamped(np.ascontiguousarray(found.numpy().transpose(0, 2, 3, 1)))
-    session = onnxruntime.InferenceSession(bundle / FILES.onnx, providers=["CPUExecutionProvider"])
-    name = session.get_inputs()[0].name
-    pixels = np.ascontiguousarray(images.transpose(0, 3, 1, 2))
-    parts = range(0, len(pixels), TOGETHER)
-    logits = np.concatenate([session.run(None, {name: pixels[start : start + TOGETHER]})[0] for start in parts])
-    first, second = torch.from_numpy(logits).topk(2).values.T.numpy()
-    return Pool(images, np.where(first - second > SURE, logits.argmax(axis=1), LEVEL))
+    forward = ENGINES["onnx"].load(bundle / FILES.onnx, Setup(contract, threads=os.cpu_count() or 1))
+    logits = answers(forward, torch.from_numpy(np.ascontiguousarray(images.transpose(0, 3, 1, 2))))
+    first, second = logits.topk(2).values.T
+    return Pool(images, torch.where(first - second > SURE, logits.argmax(1), LEVEL).numpy())
 
 
 def zipf(images: int, length: int, exponent: float, seed: int) -> NDArray[np.int64]:

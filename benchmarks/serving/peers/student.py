@@ -14,6 +14,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from handler.contract import probabilities
+
 Pixels = NDArray[np.uint8]
 PNG = b"\x89PNG"
 
@@ -42,9 +44,7 @@ class Student:
 
     def answers(self, images: Sequence[Pixels]) -> list[dict[str, Any]]:
         """What a request gets, for each image of a batch: what our own archive answers, without its identity."""
-        logits = self.forward(np.stack(images)).astype(np.float64)
-        powers = np.exp(logits - logits.max(axis=1, keepdims=True))
-        scores = powers / powers.sum(axis=1, keepdims=True)
+        scores = probabilities(self.forward(np.stack(images)))
         return [
             {"prediction": [row], "label": [self.labels[k]], "class_id": [k]}
             for row, k in zip(scores.round(9).tolist(), scores.argmax(axis=1).tolist(), strict=True)
