@@ -147,22 +147,17 @@ def _cumulative(values: Values) -> dict[Key, float]:
 
 def to_torchserve(sink: Any) -> Callable[[Values, Values], None]:
     """Emits into the metrics that TorchServe hands to a handler; those that its configuration lacks are added."""
-    known: dict[str, Any] = {}
     kinds = type(next(iter(sink.cache)))
 
-    def metric(name: str, label: str, kind: str) -> Any:
-        if name not in known:
-            names = ["ModelName", "Level", *([label] if label else [])]
-            there = sink.cache.get(kinds(kind), {})
-            known[name] = there.get(name) or sink.add_metric_to_cache(name, "Count", names, kinds(kind))
-        return known[name]
-
     def emit(counters: Values, gauges: Values) -> None:
-        for kind, values in (("counter", counters), ("gauge", gauges)):
+        for kind, values in ((kinds("counter"), counters), (kinds("gauge"), gauges)):
             for (name, label), value in values.items():
-                known_as = "le" if name.endswith("_bucket") else METRICS[name].label if label else ""
-                own = [sink.model_name, "Model", *([label.translate(_UNSAFE)] if label else [])]
-                metric(name, known_as, kind).add_or_update(value, own)
+                names, own = ["ModelName", "Level"], [sink.model_name, "Model"]
+                if label:
+                    names.append("le" if name.endswith("_bucket") else METRICS[name].label)
+                    own.append(label.translate(_UNSAFE))
+                known = sink.cache.get(kind, {}).get(name) or sink.add_metric_to_cache(name, "Count", names, kind)
+                known.add_or_update(value, own)
 
     return emit
 
