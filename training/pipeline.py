@@ -231,8 +231,7 @@ class DistillationPipeline:
         alone = [f"teacher{i}" for i in range(1, len(e.teachers()) + 1)] if e.ensemble.members else []
         names = ["teacher", *alone, "student", *(["baseline"] if e.baseline else []), *e.compress.exported()[1:]]
         trained = {role: self.load(role) for role in names}
-        parts = {role: [role] for role in names} | {"teacher": list(e.teachers()), "teacher1": ["teacher"]}
-        files = {role: [self.folder / self.roles.file(part) for part in parts[role]] for role in names}
+        files = {role: [self.folder / self.roles.file(part) for part in self.roles.parts(role)] for role in names}
         report.write(self.folder, e, self.dataset, trained, files, self.contract, self.device, self.command)
 
     def _run_bundle(self, key: str) -> None:

@@ -117,15 +117,14 @@ class Roles:
                 raise DistilleryError(f"{role}: some layers of this network cannot be pruned: {line(error)}") from error
         return network
 
-    def load(self, role: str) -> nn.Module:
-        """The finished network of the role, on the CPU.
+    def parts(self, role: str) -> list[str]:
+        """What the role is made of: `teacher` of a whole ensemble, where there is one; `teacher1` of its first."""
+        return list(self.experiment.teachers()) if role == "teacher" else ["teacher" if role == "teacher1" else role]
 
-        Where there is an ensemble, `teacher` is all of it, and `teacher1` the first of it alone.
-        """
-        if role == "teacher" and self.experiment.ensemble.members:
-            found: nn.Module = Mixture([self._load_one(name) for name in self.experiment.teachers()], self.shares())
-        else:
-            found = self._load_one("teacher" if role == "teacher1" else role)
+    def load(self, role: str) -> nn.Module:
+        """The finished network of the role, all its parts, on the CPU."""
+        networks = [self._load_one(part) for part in self.parts(role)]
+        found = Mixture(networks, self.shares()) if len(networks) > 1 else networks[0]
         return found.eval()
 
     def _load_one(self, role: str) -> nn.Module:
