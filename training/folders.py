@@ -40,6 +40,7 @@ SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp")
 VALIDATION = ("val", "valid", "validation")
 AHEAD = 512  # images that are handed to the threads at once
 PIXELS = 89_478_485  # in one image; above it Pillow takes it for an attack
+BOMB = (Image.DecompressionBombError, Image.DecompressionBombWarning)
 LAYOUT = "a folder for each class with its images, " + ", ".join(SUFFIXES)
 
 
@@ -166,7 +167,7 @@ def _decode_one(file: File, *, root: Path, contract: Contract) -> tuple[NDArray[
     try:
         payload = (root / file.name).read_bytes()
         return decode(payload, contract), hashlib.sha256(payload).hexdigest()
-    except (DistilleryError, *codec.BOMB, *codec.BROKEN) as error:
+    except (DistilleryError, *BOMB, *codec.BROKEN) as error:
         reason = " ".join(str(error).split())[:200]
         raise DataError(f"{root / file.name}: {reason}; mend it or remove it") from None
 
@@ -185,7 +186,7 @@ def decode(payload: bytes, contract: Contract) -> NDArray[np.uint8]:
         buffer = io.BytesIO()
         picture.save(buffer, "PNG", compress_level=0)
         payload = buffer.getvalue()
-    return codec.decode_counted(payload, contract, PIXELS)[0]
+    return codec.raw(codec.decode(payload, contract, PIXELS)[0], contract)[0]
 
 
 def _mapped(path: Path) -> Tensor:

@@ -50,7 +50,7 @@ def decode(kind: Kind, payload: bytes, contract: Contract, limits: LimitSettings
     if kind == "raw":
         return Item(payload)
     if kind == "image":
-        return Item(image.decode(payload, contract, limits)[np.newaxis])
+        return Item(image.decode(payload, contract, limits.pixels)[0])
     pixels, form = features.decode(features.parse(payload), contract, limits)
     return Item(pixels, form, len(pixels))
 

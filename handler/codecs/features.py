@@ -113,7 +113,8 @@ def _blob(instance: dict[str, Any], name: str, contract: Contract, budget: int) 
     try:
         if image.blob_kind(payload, contract) == "raw":
             return image.raw(payload, contract)[0], 0
-        return image.decode_counted(payload, contract, budget)
+        found, area = image.decode(payload, contract, budget)
+        return image.raw(found, contract)[0], area
     except ServeError as error:
         raise type(error)(error.code, f"{name}: {error}") from error
 

@@ -14,7 +14,6 @@ from PIL import Image
 
 from handler.codecs import image as codec
 from handler.contract import Contract
-from handler.settings import LimitSettings
 from training import folders
 from training.config import DataSettings
 from training.data import DataError, Dataset, load
@@ -76,7 +75,8 @@ def test_the_pixels_are_those_that_the_served_student_is_given(
     assert {path.suffix for path in files} > served
     for path, image in zip(files, dataset.train.images, strict=True):
         if path.suffix in served:
-            assert (image.numpy() == codec.decode(path.read_bytes(), contract, LimitSettings())).all(), path
+            decoded = codec.raw(codec.decode(path.read_bytes(), contract, folders.PIXELS)[0], contract)
+            assert (image.numpy() == decoded).all(), path
 
 
 @pytest.mark.parametrize("mode", ["1", "L", "P", "RGB", "RGBA"])
@@ -87,7 +87,8 @@ def test_bmp_and_webp_are_the_png_of_the_same_pixels(mode: str, kind: str, tmp_p
     with Image.open(tmp_path / f"x.{kind}") as opened:
         opened.save(tmp_path / "x.png")
     found = folders.decode((tmp_path / f"x.{kind}").read_bytes(), contract)
-    assert (found == codec.decode((tmp_path / "x.png").read_bytes(), contract, LimitSettings())).all()
+    payload, _ = codec.decode((tmp_path / "x.png").read_bytes(), contract, folders.PIXELS)
+    assert (found == codec.raw(payload, contract)).all()
 
 
 @pytest.mark.parametrize("kind", ["jpeg", "webp"])
