@@ -90,9 +90,8 @@ def _predict_arguments(p: argparse.ArgumentParser) -> None:
 
 
 def _bench_arguments(p: argparse.ArgumentParser) -> None:
-    p.add_argument(
-        "archive", type=Path, nargs="?", default=Path("model_store/student.mar"), help="default: %(default)s"
-    )
+    default = Path("model_store/student.mar")
+    p.add_argument("archive", type=Path, nargs="?", default=default, help=f"default: {default}")
     p.add_argument("--config", type=Path, default=Path("config.properties"), help="default: %(default)s")
     p.add_argument("--clients", type=_positive, default=64, help="who ask without a pause (default: %(default)s)")
     p.add_argument("--seconds", type=_positive, default=2, help="of each measurement (default: %(default)s)")

@@ -84,7 +84,7 @@ def tune(
 
 def _dimensions(archive: Archive, wanted: Mapping[str, list[Any]]) -> dict[str, Values]:
     """Which values to try, in the light of the best so far: those wanted, or what suits machine and archive."""
-    cores = _cores()
+    cores, engines = _cores(), wanted.get("engine") or _engines(archive)
     workers = sorted({*(2**i for i in range(cores.bit_length())), cores})
 
     def threads(best: Candidate) -> list[int]:
@@ -95,7 +95,7 @@ def _dimensions(archive: Archive, wanted: Mapping[str, list[Any]]) -> dict[str, 
         "batch_size": lambda _: wanted.get("batch_size", [1, 8, 32, 128]),
         "workers": lambda _: wanted.get("workers", workers),
         "threads": lambda best: wanted.get("threads") or threads(best),
-        "engine": lambda _: wanted.get("engine") or _engines(archive),
+        "engine": lambda _: engines,
     }
 
 

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from handler.bundle import verify
@@ -29,8 +29,7 @@ def test_the_default_is_throughput_and_latency_takes_requests_one_by_one() -> No
 )
 def test_flags_win_over_the_profile(bundle: Path, tmp_path: Path, arguments: list[str], size: int) -> None:
     assert command.main(["pack", str(bundle), "--model-store", str(tmp_path), *arguments]) == 0
-    settings = archive.read(tmp_path / "student.mar").settings
-    assert settings == ServeSettings(batch_size=size)
+    assert archive.read(tmp_path / "student.mar").settings == ServeSettings(batch_size=size)
 
 
 def test_an_unknown_profile_is_wrong_usage() -> None:
@@ -69,6 +68,7 @@ def room(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("room")
 
 
+@settings(max_examples=15)
 @given(CHANGES)
 def test_there_and_back_again_gives_the_same_bytes(packed: Path, room: Path, changes: dict[str, Any]) -> None:
     there = with_settings(packed, changes, room / "there.mar")
