@@ -67,10 +67,17 @@ def test_tuning_writes_what_serves_best_and_says_why_the_rest_does_not(site: Sit
     assert left(site) == [] and not list((site.folder / "t").glob("bench*"))
 
 
-def test_a_measurement_that_is_ended_ends_its_server(site: Site) -> None:
-    environ = {**site.environ, "PYTHONPATH": str(ROOT)}
-    bench = subprocess.Popen(BENCH, cwd=site.folder, env=environ, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-    until(lambda: left(site), "its server has begun")
+def asking(bench: subprocess.Popen[bytes]) -> bool:
+    """Whether all its clients are connected."""
+    found = psutil.Process(bench.pid).net_connections("tcp")
+    return sum(one.status == psutil.CONN_ESTABLISHED for one in found) >= 4
+
+
+@pytest.mark.parametrize("moment", ["starting", "measuring"])
+def test_a_measurement_that_is_ended_ends_its_server(site: Site, moment: str) -> None:
+    command, environ = [*BENCH, "--seconds", "60"], {**site.environ, "PYTHONPATH": str(ROOT)}
+    bench = subprocess.Popen(command, cwd=site.folder, env=environ, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    until(lambda: left(site) if moment == "starting" else asking(bench), moment)
     os.kill(bench.pid, signal.SIGTERM)
     out, _ = bench.communicate(timeout=60)
     assert bench.returncode == 130 and b"Traceback" not in out
