@@ -1,13 +1,13 @@
-"""Serving's command line: `python -m serving pack | check | start | status | predict | scale | stop`."""
+"""Serving's command line: `python -m serving pack | check | start | status | predict | scale | stop | bench`."""
 
 import argparse
 import dataclasses
 import json
 import logging
 import os
+import signal
 import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -15,22 +15,13 @@ from rich.logging import RichHandler
 
 from handler import settings as typed
 from handler.errors import DistilleryError, SettingsError
-from serving import archive, operate, predict, preflight, server
+from serving import archive, operate, predict, preflight, server, tune
 from serving.archive import ServeSettings
+from serving.arguments import ARGUMENTS, DIMENSIONS, EXAMPLES, FLAGS
+from serving.bench import Load
 from serving.client import Client, token
 from serving.instance import Instance, locate
-
-FLAGS = ("min_workers", "max_workers", "batch_size", "max_batch_delay", "response_timeout", "startup_timeout")
-EXAMPLES = {
-    "pack": "python -m serving pack runs/quickstart/bundle --engine onnx handler.cache.ttl_s=600",
-    "check": "python -m serving check model_store/student.mar",
-    "start": "python -m serving start --port 9080",
-    "status": "python -m serving status --json",
-    "token": "python -m serving token",
-    "predict": "python -m serving predict shoe.png photos/ --index 0 1 2",
-    "scale": "python -m serving scale 2",
-    "stop": "python -m serving stop --drain 30",
-}
+from serving.profiles import PROFILES, with_settings
 
 
 def pack_command(options: argparse.Namespace) -> int:
@@ -39,7 +30,7 @@ def pack_command(options: argparse.Namespace) -> int:
     if options.engine:
         flags["handler"] = {"engine": options.engine}
     environment = {"handler": typed.environment(os.environ).get("handler", {})}
-    tree = typed.load(ServeSettings, environment, flags, *map(_setting, options.settings))
+    tree = typed.load(ServeSettings, PROFILES[options.profile], environment, flags, *map(_setting, options.settings))
     made = archive.pack(options.bundle, options.model_store, name=options.name, version=options.version, settings=tree)
     found = {"path": str(made.path), "size_bytes": made.size_bytes, "digest": made.digest}
     return _show(options, found, f"{made.path}  {made.size_bytes:,} bytes  digest {made.digest}")
@@ -62,6 +53,9 @@ def check_command(options: argparse.Namespace) -> int:
 def start_command(options: argparse.Namespace) -> int:
     """Start TorchServe and wait until every worker is READY with what the archive asks for."""
     instance, path = _instance(options), options.model_store / options.models
+    if options.profile:
+        target = instance.home / options.profile / path.name
+        path = with_settings(path, PROFILES[options.profile], target).path
     began = server.start(instance, path, config=options.config, tokens=not options.no_token, replace=options.replace)
     found = operate.status(instance, archive.read(path).name)
     return _show(options, dataclasses.asdict(found), f"{'started' if began else 'already running'}: {_line(found)}")
@@ -114,6 +108,20 @@ def predict_command(options: argparse.Namespace) -> int:
     return 1 if any("error" in row for row in rows) else 0
 
 
+def bench_command(options: argparse.Namespace) -> int:
+    """Measure an archive under load, in a TorchServe of its own; with --tune, write what serves it best into it."""
+    load = Load(options.clients, options.seconds)
+    server.log.setLevel(logging.WARNING)  # that it starts is no news here
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # ended from outside, it ends its server, too
+    if options.tune:
+        wanted = {name: values for name, values in vars(options).items() if name in DIMENSIONS}
+        how = {"rounds": options.rounds, "objective": options.objective, "write": not options.dry_run}
+        found = tune.tune(options.archive, load, options.config, wanted=wanted, **how)
+    else:
+        found = tune.measure(options.archive, load, options.config, options.rounds)
+    return _show(options, dataclasses.asdict(found), found.text())
+
+
 def parsers() -> dict[str, argparse.ArgumentParser]:
     """The grammar of each command; separate ones, for only so may flags and other arguments be mixed."""
     found = {}
@@ -143,72 +151,6 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     return commands[command].parse_intermixed_args(arguments[1:])
 
 
-def _pack_arguments(p: argparse.ArgumentParser) -> None:
-    p.add_argument("bundle", type=Path, help="a bundle, such as runs/quickstart/bundle")
-    p.add_argument(
-        "settings", nargs="*", metavar="key=value", help="any other setting, such as handler.cache.entries=0"
-    )
-    p.add_argument("--name", default="student", help="of the model and its file (default: %(default)s)")
-    p.add_argument("--version", default="1.0", help="of the model (default: %(default)s)")
-    p.add_argument("--model-store", type=Path, default=Path("model_store"), help="where to (default: %(default)s)")
-    for name in FLAGS:
-        default = getattr(ServeSettings(), name)
-        p.add_argument(f"--{name.replace('_', '-')}", type=int, help=f"TorchServe's setting (default: {default})")
-    p.add_argument("--engine", help="what computes in the worker (default: auto)")
-
-
-def _check_arguments(p: argparse.ArgumentParser) -> None:
-    p.add_argument("archive", type=Path, help="an archive, such as model_store/student.mar")
-
-
-def _instance_arguments(p: argparse.ArgumentParser) -> None:
-    p.add_argument("--config", type=Path, default=Path("config.properties"), help="default: %(default)s")
-    p.add_argument("--port", type=int, help="the first of five ports of an instance beside the default one")
-
-
-def _start_arguments(p: argparse.ArgumentParser) -> None:
-    _instance_arguments(p)
-    p.add_argument("--model-store", type=Path, default=Path("model_store"), help="default: %(default)s")
-    p.add_argument("--models", default="student.mar", metavar="ARCHIVE", help="default: %(default)s")
-    p.add_argument("--replace", action="store_true", help="stop a server that serves another archive first")
-    p.add_argument("--no-token", action="store_true", help="answer without a token, for demonstrations and load tests")
-
-
-def _stop_arguments(p: argparse.ArgumentParser) -> None:
-    _instance_arguments(p)
-    p.add_argument("--drain", type=float, default=10.0, help="seconds to wait for requests in hand (default: 10)")
-
-
-def _token_arguments(p: argparse.ArgumentParser) -> None:
-    _instance_arguments(p)
-    p.add_argument("--management", action="store_true", help="the token of the management port")
-
-
-def _status_arguments(p: argparse.ArgumentParser) -> None:
-    _instance_arguments(p)
-    p.add_argument("--name", default="student", help="the model (default: %(default)s)")
-
-
-def _scale_arguments(p: argparse.ArgumentParser) -> None:
-    p.add_argument("workers", type=int, help="how many")
-    _stop_arguments(p)
-    p.add_argument("--name", default="student", help="the model (default: %(default)s)")
-
-
-def _predict_arguments(p: argparse.ArgumentParser) -> None:
-    p.add_argument("paths", type=Path, nargs="*", metavar="PATH", help="image files, or folders of images")
-    _status_arguments(p)
-    p.add_argument(
-        "--index", type=int, nargs="+", default=[], metavar="N", help="test images of the archive, by number"
-    )
-    p.add_argument("--archive", type=Path, default=Path("model_store/student.mar"), help="default: %(default)s")
-    p.add_argument("--top", type=int, default=3, help="how many labels to show (default: %(default)s)")
-    p.add_argument("--url", help="another server's inference address, such as http://127.0.0.1:9080")
-
-
-ARGUMENTS = {name: globals()[f"_{name}_arguments"] for name in EXAMPLES}
-
-
 def _instance(options: argparse.Namespace) -> Instance:
     return locate(options.config, options.port)
 
@@ -223,7 +165,8 @@ def _setting(text: str) -> dict[str, Any]:
 def _line(found: operate.Status) -> str:
     state = "ready" if found.ready else "running, not ready" if found.running else "not running"
     ready = sum(worker.status == "READY" for worker in found.workers)
-    model = f", {found.name} {found.version} {(found.digest or '')[:12]}, {ready} READY" if found.workers else ""
+    digest, size = (found.digest or "")[:12], found.batch_size
+    model = f", {found.name} {found.version} {digest}, batchSize {size}, {ready} READY" if found.workers else ""
     return f"{found.address}: {state}{model}" + "".join(f"\n  {problem}" for problem in found.problems)
 
 

@@ -40,7 +40,7 @@ VERSION = re.compile(r"[0-9]+(\.[0-9]+)*")
 
 @dataclass(frozen=True, kw_only=True)
 class ServeSettings:
-    """The archive's model-config.yaml: delay in milliseconds, timeouts in seconds.
+    """The archive's model-config.yaml: delay in milliseconds, timeouts in seconds. The profile is throughput.
 
     One worker by default, so that a repeated request finds the cache that answered it first; `max_workers` is
     what the threads of each worker are computed for. `device_type` auto lets TorchServe take a GPU if it sees one.
@@ -48,7 +48,7 @@ class ServeSettings:
 
     min_workers: int = 1
     max_workers: int = 2
-    batch_size: int = 32
+    batch_size: int = 128
     max_batch_delay: int = 1
     response_timeout: int = 30
     startup_timeout: int = 120
@@ -67,7 +67,7 @@ class ServeSettings:
 
     def to_dict(self) -> dict[str, Any]:
         """The settings in TorchServe's spelling, without what is left to TorchServe."""
-        tree = {_camel(key): value for key, value in dataclasses.asdict(self).items()}
+        tree = {camel(key): value for key, value in dataclasses.asdict(self).items()}
         return {key: value for key, value in tree.items() if value != "auto"}
 
     def to_yaml(self) -> str:
@@ -120,7 +120,7 @@ def pack(
             passport = _stage(bundle, work / "stage", settings or ServeSettings())
             content = _archive(work, name, version)
             seal(content, {**passport["evidence"], "bundle": passport["digest"]})
-            _write(content, path)
+            write(content, path)
     except OSError as error:
         raise DistilleryError(f"{error.filename or path}: cannot be packed: {error.strerror or error}") from error
     return read(path)
@@ -168,6 +168,22 @@ def unpacked(path: Path) -> Iterator[Path]:
         yield root
 
 
+def write(content: Path, path: Path) -> None:
+    """Zip a folder reproducibly: sorted names, one time, one mode, and no compression (zlibs differ)."""
+    files = sorted(file for file in content.rglob("*") if file.is_file())
+    with atomic(path) as temporary, zipfile.ZipFile(temporary, "w") as archive:
+        for file in files:
+            entry = zipfile.ZipInfo(file.relative_to(content).as_posix(), EPOCH)
+            entry.create_system, entry.external_attr = 3, 0o100644 << 16
+            archive.writestr(entry, file.read_bytes())
+
+
+def camel(name: str) -> str:
+    """A field of ServeSettings in TorchServe's spelling."""
+    first, *rest = name.split("_")
+    return first + "".join(part.capitalize() for part in rest)
+
+
 def _check(pattern: re.Pattern[str], what: str, value: str, expected: str) -> None:
     if not pattern.fullmatch(value):
         raise SettingsError(f"{what} '{value}': expected {expected}")
@@ -209,21 +225,6 @@ def _archive(work: Path, name: str, version: str) -> Path:
     manifest["createdOn"] = "01/01/1980 00:00:00"
     (content / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")
     return content
-
-
-def _write(content: Path, path: Path) -> None:
-    """Zip a folder reproducibly: sorted names, one time, one mode, and no compression (zlibs differ)."""
-    files = sorted(file for file in content.rglob("*") if file.is_file())
-    with atomic(path) as temporary, zipfile.ZipFile(temporary, "w") as archive:
-        for file in files:
-            entry = zipfile.ZipInfo(file.relative_to(content).as_posix(), EPOCH)
-            entry.create_system, entry.external_attr = 3, 0o100644 << 16
-            archive.writestr(entry, file.read_bytes())
-
-
-def _camel(name: str) -> str:
-    first, *rest = name.split("_")
-    return first + "".join(part.capitalize() for part in rest)
 
 
 def _snake(name: str) -> str:

@@ -7,6 +7,7 @@ included, in logs/PORT; so several live side by side.
 """
 
 import json
+import random
 import socket
 import tempfile
 from collections.abc import Mapping
@@ -26,6 +27,7 @@ PID_FILE = ".model_server.pid"
 JAVA_CLASS = "org.pytorch.serve.ModelServer"
 ADDRESSES = {"inference_address": 8080, "management_address": 8081, "metrics_address": 8082}
 GRPC = {"grpc_inference_port": 7070, "grpc_management_port": 7071}
+PORTS = len(ADDRESSES) + len(GRPC)  # of an instance, in a row
 
 
 @dataclass(frozen=True)
@@ -122,19 +124,22 @@ class Instance:
 
 def locate(config: Path, port: int | None = None) -> Instance:
     """The instance that config.properties describes, or that with `port` as its first."""
-    if not config.is_file():
-        raise DistilleryError(f"{config}: no such file: run from the project's root, or name it with --config")
-    properties = read_properties(config)
     if port is None:
-        return Instance(Path.cwd(), Path("logs").resolve(), properties)
-    home = (Path("logs") / str(port)).resolve()
+        return Instance(Path.cwd(), Path("logs").resolve(), read_properties(config))
+    return beside(config, port, (Path("logs") / str(port)).resolve())
+
+
+def beside(config: Path, port: int, home: Path) -> Instance:
+    """An instance with five ports from `port` on, that keeps all that is its own in `home`."""
     own = {key: f"http://127.0.0.1:{port + i}" for i, key in enumerate(ADDRESSES)}
     own |= {key: str(port + len(ADDRESSES) + i) for i, key in enumerate(GRPC)}
-    return Instance(home, home, {**properties, **own})
+    return Instance(home, home, {**read_properties(config), **own})
 
 
 def read_properties(path: Path) -> dict[str, str]:
     """The settings of a config.properties."""
+    if not path.is_file():
+        raise DistilleryError(f"{path}: no such file: run from the project's root, or name it with --config")
     lines = [line.strip() for line in path.read_text().splitlines()]
     pairs = [line.split("=", 1) for line in lines if "=" in line and not line.startswith("#")]
     return {key.strip(): value.strip() for key, value in pairs}
@@ -164,6 +169,14 @@ def connections(process: psutil.Process) -> list[tuple[int, str]] | None:
         return [(one.laddr.port, one.status) for one in process.net_connections("tcp")]
     except psutil.Error:
         return None
+
+
+def free_port() -> int:
+    """The first of five free ports in a row."""
+    for first in random.sample(range(20_000, 32_000, PORTS), 200):
+        if not taken(tuple(range(first, first + PORTS))):
+            return first
+    raise DistilleryError("no five free ports in a row between 20000 and 32000")
 
 
 def taken(ports: tuple[int, ...]) -> list[int]:

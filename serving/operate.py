@@ -30,6 +30,7 @@ class Status:
     name: str | None = None
     version: str | None = None
     digest: str | None = None
+    batch_size: int | None = None
     pending: int = 0
     workers: tuple[Worker, ...] = ()
     problems: tuple[str, ...] = ()
@@ -52,6 +53,7 @@ def status(instance: Instance, name: str) -> Status:
         name=model.name,
         version=model.version,
         digest=record.digest if record else None,
+        batch_size=model.settings.get("batchSize"),
         pending=model.pending,
         workers=tuple(replace(worker, memory_bytes=_memory(worker)) for worker in model.workers),
         problems=tuple(problems),

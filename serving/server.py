@@ -54,7 +54,7 @@ def start(instance: Instance, path: Path, *, config: Path, tokens: bool = True, 
             raise DistilleryError(f"TorchServe does not run what {path} asks for: {'; '.join(wrong)}")
         _expect(_served(instance, archive), instance, archive)
     except BaseException:
-        _end(process)
+        end(process)
         instance.forget()
         raise
     instance.write_record(Record(process.pid, archive.version, archive.digest, archive.settings.to_yaml()))
@@ -70,7 +70,7 @@ def stop(instance: Instance, drain_s: float) -> bool:
         instance.forget()
         return False
     drain(instance, drain_s)
-    _end(process)
+    end(process)
     instance.forget()
     shutil.rmtree(instance.temporary, ignore_errors=True)
     return True
@@ -180,8 +180,8 @@ def _expect(served: str, instance: Instance, archive: Archive) -> None:
         )
 
 
-def _end(process: psutil.Process) -> None:
-    """End the server by its pid and wait until it and its workers are gone."""
+def end(process: psutil.Process) -> None:
+    """End a server by its pid and wait until it and its workers are gone."""
     try:
         family = [process, *process.children(recursive=True)]
         process.terminate()

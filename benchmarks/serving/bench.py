@@ -10,13 +10,15 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.serving import closed, driver, summary
+from benchmarks.serving import closed, summary
 from benchmarks.serving.contestants import Contestant
 from benchmarks.serving.payloads import WIRES
-from benchmarks.serving.processes import await_ready, free_port
+from benchmarks.serving.processes import await_ready
 from benchmarks.serving.stage import Stage
 from benchmarks.serving.traffic import Traffic
 from handler.errors import DistilleryError
+from serving import driver
+from serving.instance import free_port
 
 VERIFIED = 512  # answers, judged before anything is measured
 AT_ONCE = 32  # connections of those

@@ -14,9 +14,9 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from benchmarks.serving import driver
-from benchmarks.serving.driver import Drive
 from handler.errors import DistilleryError
+from serving import driver
+from serving.driver import Drive
 
 SCRIPT = Path(__file__).parent / "drive.lua"
 PROBE_S = 0.1

@@ -1,6 +1,5 @@
 """Servers as processes: begun in a session of their own, ended by pid with all their children, on free ports."""
 
-import random
 import subprocess
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -10,23 +9,13 @@ from pathlib import Path
 import numpy as np
 import psutil
 
-from benchmarks.serving import driver
 from handler.errors import DistilleryError
-from serving.instance import taken
+from serving import driver
 
 READY_S = 90.0
 STOP_S = 8.0
 LOOK_S = 0.1
-PORTS = 5  # in a row: TorchServe takes so many
 Alive = Callable[[], bool]
-
-
-def free_port() -> int:
-    """The first of five free ports in a row."""
-    for first in random.sample(range(20_000, 32_000, PORTS), 200):
-        if not taken(tuple(range(first, first + PORTS))):
-            return first
-    raise DistilleryError("no five free ports in a row between 20000 and 32000")
 
 
 @contextmanager

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.serving.driver import Drive
+from serving.driver import Drive
 
 OK = 200
 PERCENTILES = (50, 90, 99)

@@ -14,7 +14,7 @@ from handler.errors import DistilleryError
 from handler.settings import HandlerSettings
 from serving import archive, server
 from serving.archive import ServeSettings
-from serving.instance import Instance, read_properties
+from serving.instance import beside, read_properties
 
 CONFIG = ROOT / "config.properties"
 HERE = PEERS / "torchserve"
@@ -29,7 +29,7 @@ def distillery(stage: Stage, *, batch_size: int) -> Iterator[Alive]:
     path = store / f"{MODEL}.mar"
     if not path.is_file():
         archive.pack(stage.bundle, store, name=MODEL, settings=settings)
-    instance = Instance(stage.folder, stage.folder, {**read_properties(CONFIG), **stage.addresses()})
+    instance = beside(CONFIG, stage.port, stage.folder)
     server.start(instance, path, config=CONFIG, tokens=False)
     try:
         yield lambda: instance.process() is not None

@@ -10,9 +10,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from benchmarks.serving import driver, payloads
-from benchmarks.serving.driver import Drive
+from benchmarks.serving import payloads
 from benchmarks.serving.payloads import WIRES, Pool
+from serving import driver
+from serving.driver import Drive
 
 Places = NDArray[np.int64]
 TRACE = 50_000  # requests, after which the repeats begin again

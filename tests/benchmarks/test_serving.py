@@ -12,14 +12,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from benchmarks.serving import closed, driver, generator, payloads, render, rounds, summary
+from benchmarks.serving import closed, generator, payloads, render, rounds, summary
 from benchmarks.serving.__main__ import main
 from benchmarks.serving.bench import Point
 from benchmarks.serving.contestants import CONTESTANTS
-from benchmarks.serving.driver import Drive
 from benchmarks.serving.environments import PEERS
 from benchmarks.serving.payloads import WIRES, Pool
 from benchmarks.serving.traffic import Traffic
+from serving import driver
+from serving.driver import Drive
 
 
 @contextmanager

@@ -8,6 +8,7 @@ import pytest
 from handler.errors import DistilleryError
 from serving import __main__ as command
 from serving import archive, predict, preflight
+from serving.arguments import EXAMPLES
 from serving.client import Client
 from tests.serving.conftest import Stub
 from tests.serving.test_client import GOOD, keys
@@ -23,7 +24,7 @@ def own_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "tmp"))
 
 
-@pytest.mark.parametrize("name", command.EXAMPLES)
+@pytest.mark.parametrize("name", EXAMPLES)
 def test_every_command_has_help_with_an_example(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as caught:
         command.main([name, "--help"])
@@ -31,15 +32,17 @@ def test_every_command_has_help_with_an_example(name: str, capsys: pytest.Captur
     assert f"example: python -m serving {name}" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("name", command.EXAMPLES)
+@pytest.mark.parametrize("name", EXAMPLES)
 def test_every_example_is_right_usage(name: str) -> None:
-    words = command.EXAMPLES[name].split()
+    words = EXAMPLES[name].split()
     assert words[:3] == ["python", "-m", "serving"]
     assert command.parse(words[3:]).run.__name__ == f"{name}_command"
 
 
 @pytest.mark.parametrize(
-    "arguments", [[], ["nope"], ["pack"], ["scale", "many"], ["stop", "x"], ["pack", "b", "--batch-size", "x"]]
+    "arguments",
+    [[], ["nope"], ["pack"], ["scale", "many"], ["stop", "x"], ["pack", "b", "--batch-size", "x"]]
+    + [["bench", flag, value] for flag, value in (("--clients", "0"), ("--seconds", "-1"), ("--threads", "x"))],
 )
 def test_wrong_usage_is_2(arguments: list[str]) -> None:
     with pytest.raises(SystemExit) as caught:
@@ -63,6 +66,8 @@ def test_wrong_usage_is_2(arguments: list[str]) -> None:
         (["predict", *NOWHERE], 2, "expected image files, folders, or --index"),
         (["predict", ".", *NOWHERE], 1, "holds no .png, .jpg, .jpeg file"),
         (["status", "--config", "nowhere"], 1, "run from the project's root"),
+        (["bench", "nowhere.mar"], 1, "no such archive"),
+        (["bench", "--tune", "--engines", "onxx"], 2, "engine: expected one of"),
     ],
 )
 def test_errors_are_one_line(arguments: list[str], status: int, words: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -2,7 +2,7 @@
 
 One thread, non-blocking sockets, kept connections. A request that is due while all connections are busy waits, and its
 wait counts: a server that stands still is charged for what it kept waiting (no coordinated omission). With all times 0
-it is a closed loop of `connections` clients, which is how answers are verified.
+it is a closed loop of `connections` clients: how answers are verified, and how `serving bench` measures.
 """
 
 import gc
@@ -10,9 +10,10 @@ import select
 import socket
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,6 +22,12 @@ LOST = 0  # the status of a request whose connection broke or whose answer never
 IDLE = -1
 CHUNK = 1 << 16
 CONNECT_S = 5.0
+
+
+class Requests(Protocol):
+    """A list of requests, or what makes each when it is sent."""
+
+    def __getitem__(self, place: int, /) -> bytes: ...
 
 
 @dataclass(frozen=True)
@@ -97,15 +104,13 @@ def arrivals(rate: float, seconds: float, seed: int) -> NDArray[np.float64]:
     return times[times < seconds]
 
 
-def drive(
-    port: int, requests: Sequence[bytes], times: NDArray[np.float64], *, connections: int, wait_s: float
-) -> Drive:
+def drive(port: int, requests: Requests, times: NDArray[np.float64], *, connections: int, wait_s: float) -> Drive:
     """Send `requests[i]` at `times[i]` (ascending, seconds); `wait_s` after the last one the rest is lost."""
     with _quiet(), _Lines(port, connections) as lines:
         return _run(lines, requests, times, float(times[-1]) + wait_s)
 
 
-def _run(lines: "_Lines", requests: Sequence[bytes], times: NDArray[np.float64], limit: float) -> Drive:
+def _run(lines: "_Lines", requests: Requests, times: NDArray[np.float64], limit: float) -> Drive:
     count, due = len(times), times.tolist()
     sent, done, status = np.full(count, np.nan), np.full(count, np.nan), np.full(count, LOST)
     bodies = [b""] * count
