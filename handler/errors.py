@@ -68,3 +68,8 @@ def unknown(kind: str, name: str, known: Iterable[str]) -> str:
     near = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
     hint = f"did you mean '{near[0]}'?" if near else f"expected one of {', '.join(names)}"
     return f"unknown {kind} '{name}': {hint}"
+
+
+def line(error: Exception) -> str:
+    """Another's error in one line."""
+    return " ".join(f"{type(error).__name__}: {error}".split())[:300]

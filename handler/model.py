@@ -4,25 +4,24 @@ B images, C channels, H and W pixels, K classes; images are uint8 `[B, C, H, W]`
 """
 
 import io
-import json
 import logging
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 from zipfile import BadZipFile
 
 import numpy as np
 import torch
 
-from handler.bundle import FILES
+from handler.choice import Choice, choose, device_of, read_evidence
 from handler.contract import Contract, probabilities
-from handler.engines import ENGINES, Logits, Pixels, Setup, line
-from handler.errors import BundleError
-from handler.networks import NETWORKS
+from handler.engines import ENGINES, SHORT, Logits, Pixels, Setup
+from handler.errors import BundleError, line
 from handler.settings import HandlerSettings
 
 log = logging.getLogger(__name__)
+NO_MEMORY = ("out of memory", "not enough memory", "allocate memory", "bad_alloc", "alloc_failed")
 
 
 class ModelInterface(Protocol):
@@ -37,21 +36,25 @@ class ModelInterface(Protocol):
         ...
 
     def predict(self, images: Pixels) -> Logits:
-        """Logits float32 `[B, K]` of uint8 `[B, C, H, W]`."""
+        """Logits float32 `[B, K]` of uint8 `[B, C, H, W]`; NaN for an image that does not fit into memory."""
         ...
 
 
 class Student:
-    """The student of `root` in one of the engines; BundleError when that cannot be loaded here."""
+    """The student of `root` in one of the engines; BundleError when that cannot be loaded here.
 
-    def __init__(self, root: Path, contract: Contract, choice: "Choice", threads: int) -> None:
+    `tolerance` is by how much a probability may differ from what the engine said where it was exported.
+    """
+
+    def __init__(self, root: Path, contract: Contract, choice: Choice, threads: int) -> None:
         engine, device = choice.engine, choice.device
         self.engine, self.device, self.micro_batch, self.contract = engine, device, choice.micro_batch, contract
         path = root / ENGINES[engine].file
         if not path.is_file():
             there = ", ".join(name for name, other in ENGINES.items() if (root / other.file).is_file())
             raise BundleError(f"engine {engine}: {path} is not there; the engines in it are {there or 'none'}")
-        self.forward = ENGINES[engine].load(path, Setup(contract, device, threads))
+        self.forward = ENGINES[engine].load(path, Setup(contract, device, threads, choice.precision))
+        self.tolerance = SHORT[choice.precision][1] if choice.precision in SHORT else ENGINES[engine].tolerance
 
     def warm_up(self, sizes: Iterable[int]) -> None:
         """Let the engine see each batch size before the first request does."""
@@ -59,86 +62,75 @@ class Student:
             self.predict(np.zeros((size, *self.contract.shape), np.uint8))
 
     def predict(self, images: Pixels) -> Logits:
-        """Logits float32 `[B, K]` of uint8 `[B, C, H, W]`."""
-        size = self.micro_batch
-        if len(images) <= size:
+        """Logits float32 `[B, K]` of uint8 `[B, C, H, W]`; NaN for an image that does not fit into memory.
+
+        What does not fit is tried again in halves, and a size that did fit is kept for the batches to come.
+        """
+        parts: list[Logits] = []
+        start, size = 0, self.micro_batch
+        while start < len(images):
+            part = images[start : start + size]
+            logits = self._fitting(part)
+            if logits is not None:
+                self.micro_batch = size
+            elif len(part) > 1:
+                size = (len(part) + 1) // 2
+                continue
+            else:
+                logits = np.full((1, len(self.contract.labels)), np.nan, np.float32)
+            parts.append(logits)
+            start += len(part)
+        return parts[0] if len(parts) == 1 else np.concatenate(parts)
+
+    def _fitting(self, images: Pixels) -> Logits | None:
+        """The engine's logits, or None, and a log line, when it lacks the memory for them."""
+        try:
             return self.forward(images)
-        return np.concatenate([self.forward(images[i : i + size]) for i in range(0, len(images), size)])
+        except Exception as error:
+            if not _no_memory(error):
+                raise
+            log.warning("no memory for %d images at a time on %s: %s", len(images), self.device, line(error))
+        torch.cuda.empty_cache()  # outside of the handler, whose traceback holds on to the tensors
+        return None
 
 
-@dataclass(frozen=True)
-class Choice:
-    """Which engine, where, how many images it is given at a time, and why."""
-
-    engine: str
-    device: str
-    micro_batch: int
-    why: str
-
-
-def choose(
-    settings: HandlerSettings, evidence: Mapping[str, Any], network: str, gpu_id: int | None, batch: int
-) -> Choice:
-    """The engine for the settings, and its micro-batch: the size up to `batch` at which an image took it least.
-
-    Auto is the engine that was measured fastest on this kind of device, per image at its best such size, of those
-    whose accuracy is at most `settings.accuracy_loss` below eager's; the first where nothing was measured.
-    `evidence` is the report's part on engines. A `network` that is none of ours cannot run in eager.
-    """
-    kind = "cpu" if gpu_id is None or not torch.cuda.is_available() else "cuda"
-
-    def on(name: str) -> str:
-        return f"cuda:{gpu_id}" if kind == "cuda" and kind in ENGINES[name].devices else "cpu"
-
-    def choice(name: str, why: str) -> Choice:
-        size = speeds[name][1] if name in speeds else batch
-        return Choice(name, on(name), settings.micro_batch or size, why)
-
-    latencies = {name: found.get("latency_ms", {}).get(kind, {}) for name, found in evidence.items()}
-    speeds = {name: best for name, found in latencies.items() if (best := _ms_an_image(found, batch))}
-    if settings.engine != "auto":
-        return choice(settings.engine, "the settings name it")
-    least = evidence.get("eager", {}).get("accuracy", 0) - settings.accuracy_loss
-    able = [name for name, found in evidence.items() if name in ENGINES and found["accuracy"] >= least]
-    able = [name for name in able if name != "eager" or network in NETWORKS]
-    measured = [name for name in able if name in speeds]
-    if not measured:
-        return choice(next(iter(able), "eager"), f"auto: no engine was measured on {kind}")
-    text = ", ".join(f"{name} {speeds[name][0]:.3f}" for name in measured)
-    return choice(min(measured, key=speeds.__getitem__), f"auto: the fastest of {text} ms an image")
-
-
-def _ms_an_image(latencies: Mapping[str, Mapping[str, float]], batch: int) -> tuple[float, int] | None:
-    """Milliseconds an image at the measured batch size, of those up to `batch`, where it is least, and that size."""
-    return min(((found["p50"] / int(n), int(n)) for n, found in latencies.items() if int(n) <= batch), default=None)
+def _no_memory(error: Exception) -> bool:
+    """Whether an engine lacked memory; only PyTorch on a GPU has a class for it, the others say so in their text."""
+    known = isinstance(error, MemoryError | torch.OutOfMemoryError)
+    return known or any(words in str(error).lower() for words in NO_MEMORY)
 
 
 def load_model(
     root: Path, contract: Contract, settings: HandlerSettings, threads: int, gpu_id: int | None, batch: int
-) -> tuple[ModelInterface, str]:
+) -> tuple[Student, str]:
     """The student in `root` in the engine that `choose` says, with `threads` threads, and why that one.
 
     Raises BundleError when it cannot be loaded here; with `settings.fallback` eager takes its place, and a log line
     says so.
     """
     torch.set_num_threads(threads)
-    choice = choose(settings, _evidence(root), contract.network, gpu_id, batch)
+    torch.backends.cudnn.allow_tf32 = False  # or float32 would be TF32 on a GPU, and the golden images differ
+    device = device_of(gpu_id, torch.cuda.device_count() if torch.cuda.is_available() else 0)
+    if device != "cpu":
+        torch.cuda.set_device(device)  # pragma: no cover: only a GPU can run it
+    evidence = read_evidence(root)
+    choice = choose(settings, evidence, contract.network, device, batch)
     try:
         return Student(root, contract, choice, threads), choice.why
     except BundleError as error:
         if not settings.fallback or choice.engine == "eager":
             raise
         log.error("%s; falling back to eager, as the settings allow", error)
-        return Student(root, contract, replace(choice, engine="eager"), threads), f"{choice.engine} cannot be loaded"
+        eager = choose(replace(settings, engine="eager"), evidence, contract.network, device, batch)
+        return Student(root, contract, eager, threads), f"{choice.engine} cannot be loaded"
 
 
-def replay(model: ModelInterface, golden: Path, sizes: Iterable[int]) -> float:
+def replay(model: Student, golden: Path, sizes: Iterable[int]) -> float:
     """Predict golden images in a batch of each size, and all at once; the largest difference in probability.
 
     An engine whose own logits were stored is compared with them, any other with eager's. Raises BundleError when the
-    difference is above the engine's tolerance or the engine cannot answer: such a worker must not serve.
+    difference is above the model's tolerance or the engine cannot answer: such a worker must not serve.
     """
-    tolerance = ENGINES[model.engine].tolerance
     try:
         with np.load(io.BytesIO(golden.read_bytes()), allow_pickle=False) as file:
             own = f"logits_{model.engine}"
@@ -154,18 +146,8 @@ def replay(model: ModelInterface, golden: Path, sizes: Iterable[int]) -> float:
             difference = float(np.abs(found - expected[batch]).max())
         except Exception as error:
             raise BundleError(f"engine {model.engine}: fails on {size} golden images: {line(error)}") from error
-        if not difference <= tolerance:  # also when it is NaN
-            text = f"differ by {difference:.2g} from what training saw; at most {tolerance:g} is allowed"
+        if not difference <= model.tolerance:  # also when it is NaN
+            text = f"differ by {difference:.2g} from what training saw; at most {model.tolerance:g} is allowed"
             raise BundleError(f"engine {model.engine}: probabilities of the golden images {text}")
         largest = max(largest, difference)
     return largest
-
-
-def _evidence(root: Path) -> dict[str, Any]:
-    """What was measured of the served network's engines, by their names."""
-    try:
-        report = json.loads((root / FILES.report).read_text())
-        found: dict[str, Any] = report["engines"][report["served"]]
-    except (OSError, ValueError, LookupError) as error:
-        raise BundleError(f"{root / FILES.report}: no report of the engines in it: {line(error)}") from error
-    return found

@@ -61,10 +61,12 @@ class HandlerSettings:
     `engine` auto is the one that was measured fastest on the worker's kind of device, among those whose accuracy is
     at most `accuracy_loss` (0..1) below eager's. `fallback` lets eager serve where that engine cannot be loaded.
     It is given `micro_batch` images at a time, however many the server hands over; 0 is the size measured as best.
+    `precision` bf16 and fp16 have eager multiply in formats of 16 bits; no other engine has the choice.
     """
 
     engine: Literal["auto", "eager", "onnx", "onnx-int8", "tensorrt", "exported", "compiled", "torchscript"] = "auto"
     accuracy_loss: float = 0.003
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     fallback: bool = False
     threads: int = 0
     micro_batch: int = 0

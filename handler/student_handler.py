@@ -88,8 +88,8 @@ def _service(context: Any) -> Service:
     sizes = [2**i for i in range(batch.bit_length())]
     model.warm_up(sizes)
     difference = replay(model, root / FILES.golden, sizes)
-    line = "engine %s (%s), device %s, threads %d, archive %s, golden images within %.1g"
-    log.info(line, model.engine, why, model.device, threads, digest, difference)
+    line = "engine %s (%s), device %s, precision %s, threads %d, archive %s, golden images within %.1g"
+    log.info(line, model.engine, why, model.device, settings.precision, threads, digest, difference)
     version = context.manifest["model"]["modelVersion"]
     identity = {"name": context.model_name, "version": version, "digest": digest}
     cache = CacheManager.from_settings(settings.cache, [digest, context.model_name, version])

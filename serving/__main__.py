@@ -81,6 +81,7 @@ def status_command(options: argparse.Namespace) -> int:
     found = operate.status(_instance(options), options.name)
     workers = [
         f"\n  worker {worker.id}  pid {worker.pid}  {worker.status}  {worker.memory_bytes / 2**20:.0f} MiB"
+        + (f"  GPU {worker.gpu}" if worker.gpu else "")
         for worker in found.workers
     ]
     _show(options, dataclasses.asdict(found), _line(found) + "".join(workers))

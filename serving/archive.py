@@ -43,16 +43,18 @@ class ServeSettings:
     """The archive's model-config.yaml: delay in milliseconds, timeouts in seconds. The profile is throughput.
 
     One worker by default, so that a repeated request finds the cache that answered it first; `max_workers` is
-    what the threads of each worker are computed for. `device_type` auto lets TorchServe take a GPU if it sees one.
+    what the threads of each worker are computed for. `device_type` auto lets TorchServe take a GPU if it sees one;
+    with gpu, `device_ids` are those among which it deals out the workers, in turn; none means all.
     """
 
     min_workers: int = 1
-    max_workers: int = 2
-    batch_size: int = 128
+    max_workers: int = 1
+    batch_size: int = 64
     max_batch_delay: int = 1
     response_timeout: int = 30
     startup_timeout: int = 120
     device_type: Literal["auto", "cpu", "gpu"] = "auto"
+    device_ids: tuple[int, ...] = ()
     handler: HandlerSettings = field(default_factory=HandlerSettings)
 
     def __post_init__(self) -> None:
@@ -64,11 +66,17 @@ class ServeSettings:
             raise SettingsError(
                 f"max_workers: expected min_workers or more, got {self.max_workers} < {self.min_workers}"
             )
+        ids = list(self.device_ids)
+        if len({*ids}) < len(ids) or min(ids, default=0) < 0:
+            raise SettingsError(f"device_ids: expected different numbers of GPUs, counted from 0, got {ids}")
+        if ids and self.device_type != "gpu":
+            raise SettingsError(f"device_ids: expected device_type gpu with them, got {self.device_type}")
 
     def to_dict(self) -> dict[str, Any]:
         """The settings in TorchServe's spelling, without what is left to TorchServe."""
         tree = {camel(key): value for key, value in dataclasses.asdict(self).items()}
-        return {key: value for key, value in tree.items() if value != "auto"}
+        tree["deviceIds"] = list(self.device_ids)
+        return {key: value for key, value in tree.items() if value not in ("auto", [])}
 
     def to_yaml(self) -> str:
         """The text of model-config.yaml."""

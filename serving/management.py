@@ -1,5 +1,6 @@
 """The management API, typed: what a model runs with, its workers, their number. Tokens and timeouts always."""
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -13,12 +14,16 @@ WAIT_S = 5.0  # for an answer of the management API, which does no work but scal
 
 @dataclass(frozen=True)
 class Worker:
-    """One worker process; `memory_bytes` is TorchServe's own figure, 0 until it has measured."""
+    """One worker process; `memory_bytes` is TorchServe's own figure, 0 until it has measured.
+
+    `gpu` is the number of the GPU that it was given, None without one, and ? where nvidia-smi does not tell.
+    """
 
     id: str
     pid: int
     status: str
     memory_bytes: int
+    gpu: str | None = None
 
 
 @dataclass(frozen=True)
@@ -79,9 +84,11 @@ class Management:
 
 
 def _model(found: Mapping[str, Any]) -> Model:
-    keys = {"minWorkers", "maxWorkers", "batchSize", "maxBatchDelay", "responseTimeout", "startupTimeout", "deviceType"}
+    keys = {"minWorkers", "maxWorkers", "batchSize", "maxBatchDelay", "responseTimeout", "startupTimeout"}
+    keys |= {"deviceType", "deviceIds"}
     workers = tuple(
-        Worker(worker["id"], worker["pid"], worker["status"], worker["memoryUsage"]) for worker in found["workers"]
+        Worker(worker["id"], worker["pid"], worker["status"], worker["memoryUsage"], _gpu(worker))
+        for worker in found["workers"]
     )
     return Model(
         name=found["modelName"],
@@ -91,3 +98,8 @@ def _model(found: Mapping[str, Any]) -> Model:
         workers=workers,
         pending=found.get("jobQueueStatus", {}).get("pendingRequests", 0),
     )
+
+
+def _gpu(worker: Mapping[str, Any]) -> str | None:
+    usage = re.match(r"gpuId::(\d+)", worker.get("gpuUsage", ""))
+    return (usage[1] if usage else "?") if worker["gpu"] else None

@@ -11,8 +11,7 @@ import torch_pruning
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from handler.engines import line
-from handler.errors import DistilleryError
+from handler.errors import DistilleryError, line
 from training.evaluate import macs
 
 WIDTH = 8  # channels are left in multiples of what a vector of the processor holds

@@ -20,8 +20,8 @@ from torch.export import Dim, ExportedProgram
 
 from handler.bundle import FILES, atomic
 from handler.contract import Contract
-from handler.engines import INT8, PROCESSOR, line
-from handler.errors import DistilleryError
+from handler.engines import INT8, PROCESSOR
+from handler.errors import DistilleryError, line
 from training.config import LEAST
 
 INPUT, OUTPUT = "pixels", "logits"

@@ -17,8 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.export.passes import move_to_device_pass
 
-from handler.engines import line, read_program
-from handler.errors import DistilleryError, SettingsError, unknown
+from handler.engines import read_program
+from handler.errors import DistilleryError, SettingsError, line, unknown
 from handler.networks import NETWORKS, Normalize
 from handler.networks import build as build_ours
 

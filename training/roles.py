@@ -11,8 +11,7 @@ import torch
 from torch import nn
 
 from handler.bundle import file_digest, text_digest
-from handler.engines import line
-from handler.errors import DistilleryError
+from handler.errors import DistilleryError, line
 from handler.widths import fit
 from training import bank, compress, data, networks
 from training.adapters import adapters

@@ -68,7 +68,7 @@ MOSEC = "--address 127.0.0.1 --port {port} --log-level warning"
 BENTOML = "-m bentoml serve server:Classifier --host 127.0.0.1 --port {port}"
 
 CONTESTANTS = {
-    "distillery-throughput": Contestant("Distillery, batches to 128", TORCHSERVE, partial(distillery, batch_size=128)),
+    "distillery-throughput": Contestant("Distillery, batches to 64", TORCHSERVE, partial(distillery, batch_size=64)),
     "distillery-latency": Contestant("Distillery, batches of 1", TORCHSERVE, partial(distillery, batch_size=1)),
     "mosec": _peer("mosec, batches to 128", "mosec", "/inference", f"server.py {MOSEC}", batch=128),
     "mosec-latency": _peer("mosec, batches of 1", "mosec", "/inference", f"server.py {MOSEC}"),
@@ -80,8 +80,8 @@ CONTESTANTS = {
     "flask": _peer("Flask, our first service", "flask", "/predict", "server.py", wires={"raw": "features"}),
     "mosec-core": _peer("our core under mosec", "mosec", "/inference", f"adapter.py {MOSEC}"),
     "litserve-core": _peer("our core under LitServe", "litserve", "/predict", "adapter.py", wires=BASE64),
-    "torchserve-empty": _ceiling("TorchServe, empty handler", 128, "upstream"),
-    "torchserve-empty-buffered": _ceiling("TorchServe, empty handler, read in blocks", 128, "buffered"),
+    "torchserve-empty": _ceiling("TorchServe, empty handler", 64, "upstream"),
+    "torchserve-empty-buffered": _ceiling("TorchServe, empty handler, read in blocks", 64, "buffered"),
     "torchserve-empty-latency": _ceiling("TorchServe, empty handler, batches of 1", 1, "upstream"),
     "nothing": Contestant("an HTTP server that does nothing", "/", nothing, ceiling=True),
 }

@@ -1,6 +1,7 @@
 """Engines agree, and what cannot be served is refused by name."""
 
 import builtins
+import resource
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -8,14 +9,17 @@ from typing import Any
 
 import numpy as np
 import onnxruntime
+import psutil
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from handler.bundle import FILES
-from handler.contract import Contract
-from handler.engines import ENGINES
+from handler.contract import Contract, probabilities
+from handler.engines import ENGINES, network_of
 from handler.errors import BundleError
-from handler.model import ModelInterface, Student, choose, load_model, replay
+from handler.model import Student, load_model, replay
 from handler.settings import HandlerSettings
 from tests.bundles import EXPORTED
 from tests.handler.payloads import Golden, Pixels
@@ -23,12 +27,12 @@ from tests.handler.payloads import Golden, Pixels
 NAMES = ("eager", *EXPORTED)
 
 
-def load(root: Path, contract: Contract, name: Any, **settings: Any) -> ModelInterface:
+def load(root: Path, contract: Contract, name: Any, **settings: Any) -> Student:
     return load_model(root, contract, HandlerSettings(engine=name, **settings), 1, None, 1)[0]
 
 
 @pytest.fixture(params=NAMES)
-def engine(request: pytest.FixtureRequest, root: Path, contract: Contract) -> ModelInterface:
+def engine(request: pytest.FixtureRequest, root: Path, contract: Contract) -> Student:
     return load(root, contract, request.param)
 
 
@@ -41,7 +45,7 @@ def some(golden: Golden) -> Pixels:
 # The contract of an engine, for every one
 
 
-def test_logits_are_those_that_training_wrote(engine: ModelInterface, some: Pixels, golden: Golden) -> None:
+def test_logits_are_those_that_training_wrote(engine: Student, some: Pixels, golden: Golden) -> None:
     logits = engine.predict(some)
     assert logits.dtype == np.float32 and logits.shape == (64, 10)
     own = golden["logits_onnx-int8" if engine.engine == "onnx-int8" else "logits"]
@@ -50,111 +54,33 @@ def test_logits_are_those_that_training_wrote(engine: ModelInterface, some: Pixe
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 17])
-def test_an_image_gets_the_same_logits_in_any_batch(engine: ModelInterface, some: Pixels, size: int) -> None:
+def test_an_image_gets_the_same_logits_in_any_batch(engine: Student, some: Pixels, size: int) -> None:
     np.testing.assert_allclose(engine.predict(some[5 : 5 + size]), engine.predict(some)[5 : 5 + size], atol=1e-4)
 
 
-def test_logits_can_be_kept(engine: ModelInterface, some: Pixels) -> None:
+def test_logits_can_be_kept(engine: Student, some: Pixels) -> None:
     first = engine.predict(some[:2])
     copy = first.copy()
     engine.predict(some[2:4])
     np.testing.assert_array_equal(first, copy)
 
 
-def test_it_warms_up_at_the_sizes_asked(engine: ModelInterface, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_it_warms_up_at_the_sizes_asked(engine: Student, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[tuple[int, ...]] = []
     monkeypatch.setattr(engine, "predict", lambda images: seen.append(images.shape))
     engine.warm_up([1, 4])
     assert seen == [(1, 1, 28, 28), (4, 1, 28, 28)]
 
 
-def test_it_knows_what_it_is(engine: ModelInterface, contract: Contract) -> None:
+def test_it_knows_what_it_is(engine: Student, contract: Contract) -> None:
     assert engine.engine in NAMES and engine.device == "cpu" and engine.contract == contract
 
 
-# Which engine
-
-
-def measured(cpu: dict[int, float], cuda: dict[int, float] | None = None, accuracy: float = 0.9) -> dict[str, Any]:
-    by_kind = {"cpu": cpu, "cuda": cuda or {}}
-    milliseconds = {kind: {str(n): {"p50": ms} for n, ms in found.items()} for kind, found in by_kind.items()}
-    return {"accuracy": accuracy, "latency_ms": milliseconds}
-
-
-EVIDENCE = {
-    "eager": measured({1: 2.0, 32: 6.0}, {1: 0.5, 32: 0.6}),
-    "onnx": measured({1: 0.1, 32: 3.2}),
-    "onnx-int8": measured({1: 0.05, 32: 1.0}, accuracy=0.896),
-    "exported": measured({1: 1.0, 32: 3.0}, {1: 0.4, 32: 0.7}),
-}
-
-
-@pytest.mark.parametrize(
-    ("settings", "gpu_id", "batch", "expected"),
-    [
-        ({}, None, 1, ("onnx", "cpu")),
-        ({}, None, 31, ("onnx", "cpu")),
-        ({}, None, 64, ("exported", "cpu")),
-        ({"accuracy_loss": 0.01}, None, 1, ("onnx-int8", "cpu")),
-        ({}, 1, 1, ("exported", "cuda:1")),
-        ({}, 1, 32, ("eager", "cuda:1")),
-        ({"engine": "eager"}, None, 1, ("eager", "cpu")),
-        ({"engine": "eager"}, 0, 1, ("eager", "cuda:0")),
-        ({"engine": "onnx"}, 0, 1, ("onnx", "cpu")),
-        ({"engine": "onnx-int8"}, None, 1, ("onnx-int8", "cpu")),
-    ],
-)
-def test_engine_and_device(
-    monkeypatch: pytest.MonkeyPatch,
-    settings: dict[str, Any],
-    gpu_id: int | None,
-    batch: int,
-    expected: tuple[str, str],
-) -> None:
-    """Auto is the fastest that was measured on this kind of device, an image, of those that are accurate enough."""
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    found = choose(HandlerSettings(**settings), EVIDENCE, "separable", gpu_id, batch)
-    assert (found.engine, found.device) == expected
-
-
-def test_a_gpu_that_torch_cannot_use_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert choose(HandlerSettings(), EVIDENCE, "separable", 0, 1).device == "cpu"
-
-
-def test_what_was_not_measured_is_not_chosen() -> None:
-    nothing = {"eager": measured({}), "onnx": measured({})}
-    for evidence, network, expected in (({}, "separable", "eager"), (nothing, "separable", "eager")):
-        assert choose(HandlerSettings(), evidence, network, None, 1).engine == expected
-
-
-def test_eager_is_not_chosen_for_a_network_that_it_cannot_build() -> None:
-    slow = {"eager": measured({1: 1.0}), "onnx": measured({1: 2.0})}
-    assert choose(HandlerSettings(), slow, "separable", None, 1).engine == "eager"
-    assert choose(HandlerSettings(), slow, "resnet18", None, 1).engine == "onnx"
-    nothing = {"eager": measured({}), "onnx": measured({})}
-    assert choose(HandlerSettings(), nothing, "resnet18", None, 1).engine == "onnx"
-
-
-@pytest.mark.parametrize(
-    ("settings", "batch", "expected"),
-    [
-        ({}, 1, 1),
-        ({}, 64, 32),  # of exported, which is the fastest there
-        ({"engine": "onnx"}, 64, 1),
-        ({"engine": "torchscript"}, 64, 64),  # not measured: what the server hands over
-        ({"micro_batch": 5}, 64, 5),
-    ],
-)
-def test_the_micro_batch_is_the_size_that_was_measured_best(
-    settings: dict[str, Any], batch: int, expected: int
-) -> None:
-    assert choose(HandlerSettings(**settings), EVIDENCE, "separable", None, batch).micro_batch == expected
+# How it is loaded and asked
 
 
 def test_the_engine_sees_no_more_than_a_micro_batch(root: Path, contract: Contract, some: Pixels) -> None:
     model = load_model(root, contract, HandlerSettings(engine="onnx", micro_batch=5), 1, None, 64)[0]
-    assert isinstance(model, Student)
     seen, real = [], model.forward
 
     def forward(images: Pixels) -> Any:
@@ -165,6 +91,193 @@ def test_the_engine_sees_no_more_than_a_micro_batch(root: Path, contract: Contra
     model.forward = forward
     np.testing.assert_allclose(model.predict(some), whole, atol=1e-5)
     assert seen == [5] * 12 + [4]
+
+
+# Memory
+
+
+def cramped(model: Student, room: int, large: set[int]) -> list[int]:
+    """Let its engine fail as on a GPU for more than `room` images, and for those that begin with one of `large`.
+
+    Returns the sizes that it will have been given.
+    """
+    seen, real = [], model.forward
+
+    def forward(images: Pixels) -> Any:
+        seen.append(len(images))
+        if len(images) > room or not large.isdisjoint(images[:, 0, 0, 0].tolist()):
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+        return real(images)
+
+    model.forward = forward
+    return seen
+
+
+@given(
+    room=st.integers(0, 20),
+    batches=st.lists(st.integers(1, 40), min_size=1, max_size=3),
+    large=st.sets(st.integers(0, 39)),
+)
+def test_what_fits_into_memory_is_answered(root: Path, room: int, batches: list[int], large: set[int]) -> None:
+    contract = Contract.read(root / FILES.contract)
+    model = load(root, contract, "onnx", micro_batch=32)
+    images = np.random.default_rng(0).integers(0, 256, (40, *contract.shape), np.uint8)
+    images[:, 0, 0, 0] = np.arange(40)
+    expected = model.predict(images)
+    expected[[i for i in range(40) if room == 0 or i in large]] = np.nan
+    cramped(model, room, large)
+    for batch in batches:
+        np.testing.assert_allclose(model.predict(images[:batch]), expected[:batch], atol=1e-5)
+
+
+def test_a_size_that_fits_is_kept_and_the_log_says_so(
+    root: Path, contract: Contract, some: Pixels, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = load(root, contract, "onnx", micro_batch=32)
+    seen = cramped(model, 10, set())
+    model.predict(some[:20])
+    assert seen == [20, 10, 10]
+    assert len(caplog.messages) == 1 and "no memory for 20 images at a time on cpu: OutOf" in caplog.messages[0]
+    model.predict(some[:20])
+    assert seen[3:] == [10, 10]
+
+
+def test_when_not_even_one_image_fits_the_size_stays(root: Path, contract: Contract, some: Pixels) -> None:
+    """For then it is no matter of size, and may pass."""
+    model = load(root, contract, "onnx", micro_batch=8)
+    whole = model.predict(some)
+    real = model.forward
+    seen = cramped(model, 0, set())
+    assert np.isnan(model.predict(some[:4])).all() and seen == [4, 2, 1, 1, 1, 1]
+    model.forward = real
+    np.testing.assert_allclose(model.predict(some[:8]), whole[:8], atol=1e-5)
+    assert model.micro_batch == 8
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError(),
+        RuntimeError("[enforce fail at alloc_cpu.cpp:127] DefaultCPUAllocator: can't allocate memory: you tried"),
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+        RuntimeError("std::bad_alloc"),
+    ],
+)
+def test_every_way_to_lack_memory_is_known(root: Path, contract: Contract, some: Pixels, error: Exception) -> None:
+    model = load(root, contract, "onnx", micro_batch=32)
+    real = model.forward
+
+    def forward(images: Pixels) -> Any:
+        if len(images) > 1:
+            raise error
+        return real(images)
+
+    model.forward = forward
+    assert np.isfinite(model.predict(some[:3])).all()
+
+
+def test_an_error_of_another_kind_is_not_tried_again(root: Path, contract: Contract, some: Pixels) -> None:
+    model = load(root, contract, "onnx")
+    seen = []
+
+    def forward(images: Pixels) -> Any:
+        seen.append(len(images))
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    model.micro_batch, model.forward = 8, forward
+    with pytest.raises(RuntimeError, match="illegal"):
+        model.predict(some[:8])
+    assert seen == [8]
+
+
+def test_memory_that_runs_out_for_real(root: Path, contract: Contract, some: Pixels) -> None:
+    """The process may take 40 MiB more than it has, of which a batch of 4096 images would want five times as many."""
+    model = load(root, contract, "onnx", micro_batch=4096)
+    images = np.resize(some, (4096, *contract.shape))
+    expected = np.resize(model.predict(some), (4096, 10))
+    before = resource.getrlimit(resource.RLIMIT_AS)
+    resource.setrlimit(resource.RLIMIT_AS, (psutil.Process().memory_info().vms + 40 * 2**20, before[1]))
+    try:
+        found = model.predict(images)
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, before)
+    np.testing.assert_allclose(found, expected, atol=1e-4)
+    assert 1 <= model.micro_batch < 4096
+
+
+# Precision
+
+
+@pytest.mark.parametrize(("precision", "least"), [("bf16", 1e-3), ("fp16", 1e-4)])
+def test_a_short_format_answers_nearly_as_float32(
+    root: Path, contract: Contract, some: Pixels, golden: Golden, precision: str, least: float
+) -> None:
+    model = load(root, contract, "eager", precision=precision)
+    assert replay(model, root / FILES.golden, [1]) <= model.tolerance
+    logits = model.predict(some)
+    assert logits.dtype == np.float32
+    assert np.abs(logits - golden["logits"]).max() > least, "it does compute in the short format"
+
+
+@pytest.mark.parametrize(("precision", "shift"), [("fp32", 0.02), ("fp16", 0.2), ("bf16", 1.5)])
+def test_a_short_format_has_a_tolerance_too(
+    root: Path, broken: Path, contract: Contract, golden: Golden, precision: str, shift: float
+) -> None:
+    logits = golden["logits"].copy()
+    sure = probabilities(logits).max(axis=1).argmin()  # the image whose scores move most
+    logits[sure, logits[sure].argmax()] += shift
+    np.savez(broken / FILES.golden, **{**golden, "logits": logits})
+    with pytest.raises(BundleError, match="golden images differ by"):
+        replay(load(root, contract, "eager", precision=precision), broken / FILES.golden, [1])
+
+
+def test_the_pixels_are_normalised_in_float32(root: Path, contract: Contract, some: Pixels) -> None:
+    """Pixels differ by 1/255 of their range, which the 8 bits of bf16 could not tell apart everywhere."""
+    network = network_of(root / FILES.weights, contract)
+    seen: list[torch.Tensor] = []
+    network.get_submodule("normalize").register_forward_hook(lambda *found: seen.append(found[2]))
+    with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
+        network(torch.from_numpy(some))
+    assert seen[0].dtype == torch.float32
+
+
+def test_fp32_is_not_tf32(root: Path, contract: Contract) -> None:
+    torch.backends.cudnn.allow_tf32 = True
+    load(root, contract, "eager")
+    assert not torch.backends.cudnn.allow_tf32
+
+
+# On a GPU
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
+@pytest.mark.parametrize(
+    ("name", "precision"),
+    [("eager", "fp32"), ("eager", "bf16"), ("eager", "fp16"), ("exported", "fp32"), ("torchscript", "fp32")],
+)
+def test_on_a_gpu_the_golden_images_are_answered(root: Path, contract: Contract, name: Any, precision: Any) -> None:
+    settings = HandlerSettings(engine=name, precision=precision)
+    model, _ = load_model(root, contract, settings, 1, torch.cuda.device_count() - 1, 64)
+    assert model.device == f"cuda:{torch.cuda.device_count() - 1}"
+    replay(model, root / FILES.golden, [1, 3, 64])
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
+def test_on_a_gpu_what_fits_is_answered(root: Path, contract: Contract, some: Pixels) -> None:
+    """The process may take 256 MiB of the GPU."""
+    model = load_model(root, contract, HandlerSettings(engine="eager", micro_batch=2**16), 1, 0, 1)[0]
+    images = np.resize(some, (2**16, *contract.shape))
+    expected = np.resize(model.predict(some), (2**16, 10))
+    torch.cuda.empty_cache()
+    torch.cuda.set_per_process_memory_fraction(2**28 / torch.cuda.get_device_properties(0).total_memory)
+    try:
+        np.testing.assert_allclose(model.predict(images), expected, atol=1e-3)
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+    assert 1 <= model.micro_batch < 2**16
+
+
+# What is refused before it is loaded
 
 
 def test_a_bundle_without_evidence_is_refused(broken: Path, contract: Contract) -> None:
@@ -279,13 +392,13 @@ def test_tensorrt_where_there_is_none_says_what_to_install(root: Path, contract:
 # The golden images
 
 
-def test_the_replay_passes_and_says_how_close(engine: ModelInterface, root: Path) -> None:
+def test_the_replay_passes_and_says_how_close(engine: Student, root: Path) -> None:
     assert 0 <= replay(engine, root / FILES.golden, [1, 100]) < 1e-5
 
 
 @pytest.mark.parametrize(("shift", "passes"), [(0.0005, True), (50, False), (np.nan, False)])
 def test_the_replay_compares_probabilities(
-    engine: ModelInterface, broken: Path, golden: Golden, shift: float, passes: bool
+    engine: Student, broken: Path, golden: Golden, shift: float, passes: bool
 ) -> None:
     of = "logits_onnx-int8" if engine.engine == "onnx-int8" else "logits"
     logits = golden[of].astype(np.float32)
@@ -299,7 +412,7 @@ def test_the_replay_compares_probabilities(
 
 
 def test_an_engine_that_fails_at_a_size_is_refused(
-    engine: ModelInterface, root: Path, monkeypatch: pytest.MonkeyPatch
+    engine: Student, root: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     predict = engine.predict
 
@@ -314,7 +427,7 @@ def test_an_engine_that_fails_at_a_size_is_refused(
 
 
 def test_an_engine_with_another_number_of_classes_is_refused(
-    engine: ModelInterface, root: Path, monkeypatch: pytest.MonkeyPatch
+    engine: Student, root: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(engine, "predict", lambda images: np.zeros((len(images), 7), np.float32))
     with pytest.raises(BundleError, match="fails on 1 golden images"):
@@ -322,7 +435,7 @@ def test_an_engine_with_another_number_of_classes_is_refused(
 
 
 @pytest.mark.parametrize("content", [None, b"", b"garbage", b"PK\3\4", {"images": np.zeros((1, 28, 28, 1), np.uint8)}])
-def test_golden_images_that_cannot_be_read(engine: ModelInterface, broken: Path, content: Any) -> None:
+def test_golden_images_that_cannot_be_read(engine: Student, broken: Path, content: Any) -> None:
     path = broken / FILES.golden
     path.unlink()
     if isinstance(content, dict):

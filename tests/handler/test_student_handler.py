@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 import yaml
 from PIL import Image
 
@@ -391,6 +392,58 @@ def test_an_entry_from_elsewhere_is_refused(in_place: Path, monkeypatch: pytest.
         Worker(in_place, in_place=True),
     ):
         pass
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
+def test_a_worker_with_a_gpu_that_torch_does_not_see_serves_on_the_cpu(
+    in_place: Path, images: Pixels, caplog: Any
+) -> None:
+    caplog.set_level(logging.INFO)
+    with Worker(in_place, in_place=True, gpu=1) as worker:
+        assert worker.ask(post(images[0].tobytes(), RAW))[0].status == 200
+    assert "the server gave this worker GPU 1, but torch sees none: it runs on the CPU" in caplog.text
+    assert "device cpu, precision fp32" in caplog.text
+
+
+def test_a_gpu_beyond_those_that_torch_sees_is_refused(
+    in_place: Path, monkeypatch: pytest.MonkeyPatch, caplog: Any
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    with pytest.raises(BundleError, match=r"^GPU 2: torch sees 2"), Worker(in_place, in_place=True, gpu=2):
+        pass
+    assert "refused to serve: GPU 2: torch sees 2, counted from 0" in caplog.text
+
+
+def test_a_precision_is_asked_for_in_the_archive(root: Path, in_copy: Path, images: Pixels, caplog: Any) -> None:
+    caplog.set_level(logging.INFO)
+    with Worker(configured(root, in_copy, handler={"precision": "bf16"}), in_place=True) as worker:
+        assert worker.handler.service.model.engine == "eager"
+        assert worker.ask(post(images[0].tobytes(), RAW))[0].status == 200
+    assert "device cpu, precision bf16" in caplog.text
+
+
+def test_when_memory_runs_out_each_image_that_fits_is_answered(
+    worker: Worker, images: Pixels, golden: Golden, monkeypatch: pytest.MonkeyPatch, caplog: Any
+) -> None:
+    """Three at a time are too many, and the second is too large even alone."""
+    model = worker.handler.service.model
+    real = model.forward
+
+    def forward(batch: Any) -> Any:
+        if len(batch) > 2 or (batch == images[1]).all(axis=(1, 2, 3)).any():
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+        return real(batch)
+
+    monkeypatch.setattr(model, "micro_batch", 8)
+    monkeypatch.setattr(model, "forward", forward)
+    replies = worker.ask(*(post(image.tobytes(), RAW) for image in images[:4]))
+    assert [reply.status for reply in replies] == [200, 500, 200, 200]
+    assert replies[1].error == (500, "internal")
+    for i in (0, 2, 3):
+        assert_predicts(replies[i], i, golden)
+    assert "no memory for 1 images at a time" in caplog.text and "request id-1: " in caplog.text
+    assert [reply.status for reply in worker.ask(post(images[5].tobytes(), RAW))] == [200]
 
 
 def test_other_golden_logits_are_refused(root: Path, in_copy: Path) -> None:

@@ -75,20 +75,22 @@ def test_the_manifest_is_what_torchserve_reads(packed: Path) -> None:
 
 
 def test_settings_name_and_version_travel(bundle: Path, packed: Path, tmp_path: Path) -> None:
-    settings = ServeSettings(batch_size=8, max_workers=3, device_type="cpu", handler=HandlerSettings(threads=5))
+    own = HandlerSettings(threads=5)
+    settings = ServeSettings(batch_size=8, max_workers=3, device_type="gpu", device_ids=(2, 0), handler=own)
     made = archive.pack(bundle, tmp_path, name="other-1", version="2.1", settings=settings)
     assert made == archive.read(tmp_path / "other-1.mar")
     assert (made.name, made.version, made.settings) == ("other-1", "2.1", settings)
     assert made.digest != archive.read(packed).digest
     with zipfile.ZipFile(made.path) as zipped:
         tree = yaml.safe_load(zipped.read(archive.CONFIG))
-    assert (tree["batchSize"], tree["maxWorkers"], tree["deviceType"], tree["handler"]["threads"]) == (8, 3, "cpu", 5)
+    assert (tree["batchSize"], tree["maxWorkers"], tree["handler"]["threads"]) == (8, 3, 5)
+    assert (tree["deviceType"], tree["deviceIds"]) == ("gpu", [2, 0])
 
 
 def test_the_defaults_are_those_of_the_documents() -> None:
     tree = ServeSettings().to_dict()
-    assert "deviceType" not in tree  # TorchServe chooses
-    expected = {"minWorkers": 1, "maxWorkers": 2, "batchSize": 128, "maxBatchDelay": 1}
+    assert tree.keys().isdisjoint({"deviceType", "deviceIds"})  # TorchServe chooses
+    expected = {"minWorkers": 1, "maxWorkers": 1, "batchSize": 64, "maxBatchDelay": 1}
     assert {key: tree[key] for key in expected} == expected
     assert ServeSettings.from_yaml(ServeSettings().to_yaml()) == ServeSettings()
 
@@ -102,6 +104,13 @@ def test_the_defaults_are_those_of_the_documents() -> None:
         ({"response_timeout": 0}, "response_timeout"),
         ({"startup_timeout": 0}, "startup_timeout"),
         ({"min_workers": 3}, "max_workers: expected min_workers or more, got 2 < 3"),
+        (
+            {"device_type": "gpu", "device_ids": (0, 0)},
+            r"device_ids: expected different .* from 0, got \[0, 0\]",
+        ),
+        ({"device_type": "gpu", "device_ids": (1, -1)}, r"device_ids: expected different .* got \[1, -1\]"),
+        ({"device_ids": (0,)}, "device_ids: expected device_type gpu with them, got auto"),
+        ({"device_type": "cpu", "device_ids": (0,)}, "device_ids: expected device_type gpu with them, got cpu"),
     ],
 )
 def test_settings_that_torchserve_would_misread_are_refused(settings: dict[str, Any], message: str) -> None:

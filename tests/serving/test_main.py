@@ -98,10 +98,10 @@ def test_pack_takes_settings_from_flags_then_environment(
     monkeypatch.setenv("DISTILLERY__HANDLER__CACHE__ENTRIES", "5")
     monkeypatch.setenv("DISTILLERY__STUDENT__EPOCHS", "9")  # training's
     arguments = ["pack", str(bundle), "--batch-size", "4", "handler.cache.entries=7", "--engine", "eager", "--json"]
-    assert command.main(arguments) == 0
+    assert command.main([*arguments, "device_type=gpu", "device_ids=[1, 0]"]) == 0
     made = json.loads(capsys.readouterr().out)
     settings = archive.read(Path(made["path"])).settings
-    assert (settings.batch_size, settings.handler.engine) == (4, "eager")
+    assert (settings.batch_size, settings.handler.engine, settings.device_ids) == (4, "eager", (1, 0))
     assert (settings.handler.threads, settings.handler.cache.entries) == (3, 7)
 
 

@@ -39,6 +39,30 @@ def test_what_runs_is_read(stub: Stub) -> None:
     assert stub.asked[0].headers["Authorization"] == "Bearer secret"
 
 
+@pytest.mark.parametrize(
+    ("worker", "expected"),
+    [
+        ({"gpu": False, "gpuUsage": "N/A"}, None),
+        ({"gpu": True, "gpuUsage": "gpuId::1 utilization.gpu [%]::7 %utilization.memory [%]::0 %"}, "1"),
+        ({"gpu": True, "gpuUsage": "failed to obtained gpu usage"}, "?"),
+    ],
+)
+def test_the_gpu_of_a_worker_is_read(stub: Stub, worker: dict[str, Any], expected: str | None) -> None:
+    stub.answers = [(200, [DESCRIBED | {"workers": [DESCRIBED["workers"][0] | worker]}])]
+    assert [found.gpu for found in Management(stub.url).describe("student").workers] == [expected]
+
+
+def test_gpus_that_torchserve_does_not_give_are_named(stub: Stub) -> None:
+    asked = ServeSettings(device_type="gpu", device_ids=(0, 1))
+    stub.answers = [(200, [DESCRIBED | found]) for found in ({"deviceType": "gpu", "deviceIds": [0, 1]}, {})]
+    management = Management(stub.url)
+    assert differences(asked, "1.0", management.describe("student")) == []
+    assert differences(asked, "1.0", management.describe("student")) == [
+        "deviceType is cpu, the archive asks for gpu",
+        "deviceIds is None, the archive asks for [0, 1]",
+    ]
+
+
 def test_scaling_asks_with_query_parameters_for_both_bounds(stub: Stub) -> None:
     stub.answers = [(200, {"status": "Workers scaled"})]
     Management(stub.url).scale("student", 3, 60)
