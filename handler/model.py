@@ -6,6 +6,7 @@ B images, C channels, H and W pixels, K classes; images are uint8 `[B, C, H, W]`
 import io
 import logging
 from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Protocol
@@ -21,6 +22,7 @@ from handler.errors import BundleError, line
 from handler.settings import HandlerSettings
 
 log = logging.getLogger(__name__)
+WORTH = 4  # images: fewer are computed before another thread has woken up
 NO_MEMORY = ("out of memory", "not enough memory", "allocate memory", "bad_alloc", "alloc_failed")
 
 
@@ -43,17 +45,23 @@ class ModelInterface(Protocol):
 class Student:
     """The student of `root` in one of the engines; BundleError when that cannot be loaded here.
 
-    `tolerance` is by how much a probability may differ from what the engine said where it was exported.
+    Its threads work inside the engine where batches are of one image; elsewhere each computes micro-batches of its
+    own, for in a small network threads that share one mostly wait for each other. `tolerance` is by how much a
+    probability may differ from what the engine said where it was exported.
     """
 
-    def __init__(self, root: Path, contract: Contract, choice: Choice, threads: int) -> None:
+    def __init__(self, root: Path, contract: Contract, choice: Choice, threads: int, batch: int) -> None:
         engine, device = choice.engine, choice.device
         self.engine, self.device, self.micro_batch, self.contract = engine, device, choice.micro_batch, contract
         path = root / ENGINES[engine].file
         if not path.is_file():
             there = ", ".join(name for name, other in ENGINES.items() if (root / other.file).is_file())
             raise BundleError(f"engine {engine}: {path} is not there; the engines in it are {there or 'none'}")
-        self.forward = ENGINES[engine].load(path, Setup(contract, device, threads, choice.precision))
+        inside = threads if batch == 1 else 1
+        torch.set_num_threads(inside)
+        self.at_once = threads // inside if device == "cpu" else 1
+        self.pool = ThreadPoolExecutor(self.at_once)
+        self.forward = ENGINES[engine].load(path, Setup(contract, device, inside, choice.precision))
         self.tolerance = SHORT[choice.precision][1] if choice.precision in SHORT else ENGINES[engine].tolerance
 
     def warm_up(self, sizes: Iterable[int]) -> None:
@@ -66,24 +74,12 @@ class Student:
 
         What does not fit is tried again in halves, and a size that did fit is kept for the batches to come.
         """
-        parts: list[Logits] = []
-        start, size = 0, self.micro_batch
-        while start < len(images):
-            part = images[start : start + size]
-            logits = self._fitting(part)
-            if logits is not None:
-                self.micro_batch = size
-            elif len(part) > 1:
-                size = (len(part) + 1) // 2
-                continue
-            else:
-                logits = np.full((1, len(self.contract.labels)), np.nan, np.float32)
-            parts.append(logits)
-            start += len(part)
-        return parts[0] if len(parts) == 1 else np.concatenate(parts)
+        size = min(self.micro_batch, max(WORTH, -(-len(images) // self.at_once)))
+        if len(images) <= size:
+            return self._fitting(images)
+        return np.concatenate(list(self.pool.map(self._fitting, _parts(images, size))))
 
-    def _fitting(self, images: Pixels) -> Logits | None:
-        """The engine's logits, or None, and a log line, when it lacks the memory for them."""
+    def _fitting(self, images: Pixels) -> Logits:
         try:
             return self.forward(images)
         except Exception as error:
@@ -91,7 +87,17 @@ class Student:
                 raise
             log.warning("no memory for %d images at a time on %s: %s", len(images), self.device, line(error))
         torch.cuda.empty_cache()  # outside of the handler, whose traceback holds on to the tensors
-        return None
+        if len(images) == 1:
+            return np.full((1, len(self.contract.labels)), np.nan, np.float32)
+        half = (len(images) + 1) // 2
+        logits = np.concatenate([self._fitting(part) for part in _parts(images, half)])
+        if np.isfinite(logits).all():
+            self.micro_batch = min(self.micro_batch, half)
+        return logits
+
+
+def _parts(images: Pixels, size: int) -> list[Pixels]:
+    return [images[i : i + size] for i in range(0, len(images), size)]
 
 
 def _no_memory(error: Exception) -> bool:
@@ -108,7 +114,6 @@ def load_model(
     Raises BundleError when it cannot be loaded here; with `settings.fallback` eager takes its place, and a log line
     says so.
     """
-    torch.set_num_threads(threads)
     torch.backends.cudnn.allow_tf32 = False  # or float32 would be TF32 on a GPU, and the golden images differ
     device = device_of(gpu_id, torch.cuda.device_count() if torch.cuda.is_available() else 0)
     if device != "cpu":
@@ -116,13 +121,13 @@ def load_model(
     evidence = read_evidence(root)
     choice = choose(settings, evidence, contract.network, device, batch)
     try:
-        return Student(root, contract, choice, threads), choice.why
+        return Student(root, contract, choice, threads, batch), choice.why
     except BundleError as error:
         if not settings.fallback or choice.engine == "eager":
             raise
         log.error("%s; falling back to eager, as the settings allow", error)
         eager = choose(replace(settings, engine="eager"), evidence, contract.network, device, batch)
-        return Student(root, contract, eager, threads), f"{choice.engine} cannot be loaded"
+        return Student(root, contract, eager, threads, batch), f"{choice.engine} cannot be loaded"
 
 
 def replay(model: Student, golden: Path, sizes: Iterable[int]) -> float:
