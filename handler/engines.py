@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, nn
 from torch.export import ExportedProgram
 from torch.export.passes import move_to_device_pass
 
@@ -53,9 +53,8 @@ class Engine:
     tolerance: float = 1e-3
 
 
-def _eager(path: Path, setup: Setup) -> Forward:
-    """The state dict in its PyTorch network: the reference that every other engine must agree with."""
-    contract = setup.contract
+def network_of(path: Path, contract: Contract) -> nn.Module:
+    """The PyTorch network of the state dict in `path`, as it answers; BundleError when it is none of `contract`'s."""
     size = contract.height, contract.width
     try:
         network = build(contract.network, channels=contract.channels, size=size, classes=len(contract.labels))
@@ -65,7 +64,12 @@ def _eager(path: Path, setup: Setup) -> Forward:
         fit(network, torch.load(path, map_location="cpu", weights_only=True))
     except Exception as error:  # torch raises whatever the unpickler met
         raise BundleError(f"{path}: not the weights of '{contract.network}': {line(error)}") from error
-    return on_torch(network.eval().requires_grad_(False).to(setup.device), setup.device)
+    return network.eval().requires_grad_(False)
+
+
+def _eager(path: Path, setup: Setup) -> Forward:
+    """The state dict in its PyTorch network: the reference that every other engine must agree with."""
+    return on_torch(network_of(path, setup.contract).to(setup.device), setup.device)
 
 
 def _exported(path: Path, setup: Setup) -> Forward:

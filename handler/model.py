@@ -115,7 +115,7 @@ def _ms_an_image(latencies: Mapping[str, Mapping[str, float]], batch: int) -> tu
 
 def load_model(
     root: Path, contract: Contract, settings: HandlerSettings, threads: int, gpu_id: int | None, batch: int
-) -> tuple[ModelInterface, str]:
+) -> tuple[Student, str]:
     """The student in `root` in the engine that `choose` says, with `threads` threads, and why that one.
 
     Raises BundleError when it cannot be loaded here; with `settings.fallback` eager takes its place, and a log line

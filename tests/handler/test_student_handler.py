@@ -271,14 +271,14 @@ def test_a_fault_of_ours_is_500_for_its_request_only(
 def test_a_row_that_cannot_be_read_is_500_for_itself_only(
     worker: Worker, images: Pixels, golden: Golden, monkeypatch: pytest.MonkeyPatch, caplog: Any
 ) -> None:
-    wishes = student_handler._wishes
+    wishes = student_handler.wishes
 
     def broken(headers: Any) -> Any:
         if "BOOM" in headers:
             raise RuntimeError("told so")
         return wishes(headers)
 
-    monkeypatch.setattr(student_handler, "_wishes", broken)
+    monkeypatch.setattr(student_handler, "wishes", broken)
     sent = post(images[0].tobytes(), RAW)
     replies = worker.ask(Post({**sent.headers, "BOOM": "1"}, sent.parameters), sent)
     assert replies[0].error == (500, "internal")
