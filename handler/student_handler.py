@@ -125,8 +125,8 @@ def _request(request_id: str, parts: Parts, read: Callable[[T], Wishes], headers
     """A request out of the parts of its body and its headers; whatever is wrong with it stays with it."""
     try:
         own, value = _part(parts)
-        named, look_up, store, options, describe = read(headers)
-        if describe and not parts:  # whereas a prediction has a part, be it empty
+        named, look_up, store, options, description = read(headers)
+        if description and not parts:  # whereas a prediction has a part, be it empty
             return Request(request_id=request_id, describe=True)
         content_type = media(own) or named
         payload = _payload(value, content_type)
