@@ -43,5 +43,6 @@ def shaped(
     if options.features:
         found["features"] = inside.features(images)
     if options.explanation:
-        form, rows = form.replace("prediction", "explanation"), inside.saliency(images, ids).tolist()
+        slopes = inside.saliency(images, ids).astype(np.float64).round(6)  # float32 knows no more digits
+        form, rows = form.replace("prediction", "explanation"), slopes.tolist()
     return answer.head(form, rows, ids, labels) + answer.more(found)
