@@ -1,5 +1,6 @@
 """Features and saliency of every network of ours, beside the same by hand: its own layers, and autograd."""
 
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -74,6 +75,16 @@ def test_slopes_beyond_all_numbers_are_a_fault_not_an_answer(tmp_path: Path) -> 
     torch.save(network.state_dict(), tmp_path / FILES.weights)
     with pytest.raises(FloatingPointError, match="not finite"):
         inside.saliency(blocks(1, 1, SIDE).numpy(), [0])
+
+
+def test_without_captum_there_are_features_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("captum", "captum.attr"):
+        monkeypatch.setitem(sys.modules, name, None)
+    inside, _ = saved(tmp_path, "separable", 1)
+    images = blocks(1, 1, SIDE).numpy()
+    assert inside.open and not inside.explains and inside.features(images).shape == (1, 128)
+    with pytest.raises(NotOffered, match="pip install captum"):
+        inside.saliency(images, [0])
 
 
 def test_another_network_or_none_is_closed(tmp_path: Path) -> None:
