@@ -243,7 +243,7 @@ def test_the_model_describes_itself(served: Worker, root: Path) -> None:
     ("sent", "key"),
     [
         (by(PREDICT, post(bytes(784), RAW), describe="True"), "prediction"),
-        (by(PREDICT, post(bytes(784), RAW), Describe="True", Explain="True", EXPLAIN="True"), "prediction"),
+        (by({**PREDICT, "Explain": "True", "EXPLAIN": "True"}, post(bytes(784), RAW), Describe="True"), "prediction"),
         (by(PREDICT, multipart(data=(RAW, bytes(784)), explain=("", b"True")), describe="True"), "prediction"),
         (by({}, post(bytes(784), RAW), describe="True"), "prediction"),
         (by(PREDICT, Post({"Content-Type": FORM}), describe="True"), "empty_body"),

@@ -59,7 +59,7 @@ def forms(image: Pixels) -> dict[str, Post]:
         "instances, nested": post(dumps({"instances": [image.tolist()]}), JSON),
         "instances, nested with channel": post(dumps({"instances": [image[:, :, None].tolist()]}), JSON),
         "describe": post(png(image), "image/png", describe="True"),
-        "explain": post(png(image), "image/png", Explain="True", explain="False"),  # the second is TorchServe's
+        "explain": post(png(image), "image/png", explain="False", Explain="True"),  # the first is TorchServe's
         "a header of the part's name": Post({"Data": "x"}, {"data": ("", png(image))}),
     }
 
