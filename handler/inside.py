@@ -33,8 +33,8 @@ class Inside:
     def network(self) -> nn.Module:
         """The eager network."""
         if not self.open:
-            what = f"of network '{self.contract.network}' without weights that could be looked into"
-            raise NotOffered(f"this archive is {what}: it has no features and no explanations")
+            known = f"expected the weights of one of {', '.join(NETWORKS)}"
+            raise NotOffered(f"network '{self.contract.network}' has no features and no explanations: {known}")
         return network_of(self.weights, self.contract).to(self.device)
 
     def features(self, images: Pixels) -> NDArray[np.float32]:

@@ -31,6 +31,9 @@ class Options:
     explanation: bool = False
 
 
+NONE = Options()
+
+
 class Wishes(NamedTuple):
     """Of the headers: Content-Type, whether the cache may answer, and keep the answer, options, a description."""
 
@@ -77,6 +80,3 @@ def parse(value: Any, given: Options | None = None) -> Options | None:
             raise BadInput("bad_option", f"options.{name}: expected {OFFERED[name]}, got {json_type(one)}")
     options = replace(given or NONE, **value)
     return options if options != NONE else None
-
-
-NONE = Options()
