@@ -7,12 +7,13 @@ DistilleryError           a fault the user can mend: commands print it without a
     ├── BadInput          400  malformed, wrong shape, not finite, out of range
     ├── TooLarge          413  more pixels or rows than the limits allow
     ├── Unsupported       415  not an image that we read
-    └── Internal          500  a fault of ours; its traceback is in the worker's log
+    ├── Internal          500  a fault of ours; its traceback is in the worker's log
+    └── NotOffered        501  this archive, or what is installed beside it, cannot do that
 """
 
 import difflib
 from collections.abc import Iterable
-from typing import ClassVar
+from typing import Any, ClassVar
 
 
 class DistilleryError(Exception):
@@ -62,6 +63,15 @@ class Internal(ServeError):
         super().__init__("internal", "the model could not answer; the worker's log says why, under this request_id")
 
 
+class NotOffered(ServeError):
+    """What the request asks for is not to be had of this archive, or not where it runs."""
+
+    status = 501
+
+    def __init__(self, message: str) -> None:
+        super().__init__("unsupported", message)
+
+
 def unknown(kind: str, name: str, known: Iterable[str]) -> str:
     """One line for a name that does not exist: `unknown KIND 'NAME'`, with the nearest known one or all of them."""
     names = sorted(known)
@@ -73,3 +83,9 @@ def unknown(kind: str, name: str, known: Iterable[str]) -> str:
 def line(error: Exception) -> str:
     """Another's error in one line."""
     return " ".join(f"{type(error).__name__}: {error}".split())[:300]
+
+
+def json_type(value: Any) -> str:
+    """The name JSON has for the type of a value."""
+    names = {dict: "an object", list: "a list", str: "a string", bool: "true or false", type(None): "null"}
+    return names.get(type(value), "a number")

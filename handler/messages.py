@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from handler.errors import ServeError
+from handler.options import Options
 
 Outcome = Literal["HIT", "MISS", "BYPASS", "ERROR"]
 Headers = tuple[tuple[str, str], ...]
@@ -15,6 +16,7 @@ class Request:
     """One request: its body and Content-Type (lower case, no parameters), or the error that reading it met.
 
     `look_up` false: the model answers even if the cache could. `store` false: the cache does not keep the answer.
+    `options` None is the plain answer. `describe` asks for nothing but a description of the model.
     """
 
     payload: bytes = b""
@@ -22,7 +24,9 @@ class Request:
     request_id: str = ""
     look_up: bool = True
     store: bool = True
+    options: Options | None = None
     error: ServeError | None = None
+    describe: bool = False
 
 
 @dataclass(slots=True)

@@ -5,24 +5,24 @@ kind, key ─► look up ─┬─ hits ─────────────�
                                        └─ of those, another worker is at some: wait ───┘
 """
 
+import functools
 import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Optional
 
-import numpy as np
-from numpy.typing import NDArray
-
 from handler import codecs
 from handler.cache import CacheManager
 from handler.codecs import answer
-from handler.contract import probabilities
 from handler.errors import Internal, ServeError
+from handler.heads import Scores, shaped
 from handler.messages import Answer, Outcome, Request
 from handler.metrics import Metrics
+from handler.options import Options
 from handler.settings import LimitSettings
 
-if TYPE_CHECKING:  # the protocol lives beside the engines, and those load torch
+if TYPE_CHECKING:  # these load torch
+    from handler.inside import Inside
     from handler.model import ModelInterface
 
 log = logging.getLogger(__name__)
@@ -45,7 +45,7 @@ class _Work:
 
 
 class Service:
-    """Answers for one model; `identity` (name, version, digest) stands in each of them."""
+    """Answers for one model; `identity` (name, version, digest) stands in each of them, `description` is JSON."""
 
     def __init__(
         self,
@@ -54,8 +54,11 @@ class Service:
         limits: LimitSettings,
         identity: Mapping[str, str],
         metrics: Metrics,
+        inside: "Inside",
+        description: bytes = b"{}",
     ) -> None:
         self.model, self.cache, self.limits, self.metrics = model, cache, limits, metrics
+        self.inside, self.description = inside, description
         self.contract = model.contract
         fresh, kept = answer.tail("model", identity), answer.tail("cache", identity)
         self.tails: dict[Outcome, bytes] = {"HIT": kept, "MISS": fresh, "BYPASS": fresh}
@@ -65,7 +68,7 @@ class Service:
         with self.metrics.batch(len(requests)):
             batch = [_Work(request, request.error) for request in requests]
             try:
-                _each(self._identify, (work for work in batch if work.error is None))
+                _each(self._identify, (work for work in batch if work.error is None and not work.request.describe))
                 known = [work for work in batch if work.key]
                 with self.metrics.timed("lookup"):
                     self._look_up(known)
@@ -78,7 +81,8 @@ class Service:
     def _identify(self, work: _Work) -> None:
         request = work.request
         work.kind = codecs.kind_of(request.payload, request.content_type, self.contract)
-        work.key = self.cache.key(work.kind, request.payload)
+        asked = f"{work.kind} {request.options}" if request.options else work.kind
+        work.key = self.cache.key(asked, request.payload)
 
     def _look_up(self, batch: list[_Work]) -> None:
         asking = [work for work in batch if work.request.look_up]
@@ -121,7 +125,8 @@ class Service:
             self.cache.release(claimed - done.keys())
 
     def _decode(self, work: _Work) -> None:
-        work.item = codecs.decode(work.kind, work.request.payload, self.contract, self.limits)
+        request = work.request
+        work.item = codecs.decode(work.kind, request.payload, self.contract, self.limits, request.options)
 
     def _forward(self, batch: list[tuple[_Work, codecs.Item]]) -> None:
         """Heads for all, from one call of the model; logits that are not finite fail their own request only."""
@@ -130,29 +135,31 @@ class Service:
         with self.metrics.timed("inference"):
             logits = self.model.predict(codecs.stacked([item for _, item in batch], self.contract))
         with self.metrics.timed("encode"):
-            finite: NDArray[np.bool_] = np.asarray(np.isfinite(logits).all(axis=1))
-            scores = probabilities(logits if finite.all() else np.where(finite[:, np.newaxis], logits, 0))
-            ids = scores.argmax(axis=1)
-            self._encode(batch, scores.round(answer.DIGITS).tolist(), ids.tolist(), finite.tolist())
-            sure = scores.max(axis=1)[finite].tolist()
-            self.metrics.predicted(ids[finite].tolist(), sure, self.contract.labels)
+            scores = Scores(logits)
+            self._encode(batch, scores)
+            self.metrics.predicted(scores.classes, scores.sure, self.contract.labels)
 
-    def _encode(
-        self, batch: list[tuple[_Work, codecs.Item]], rows: list[list[float]], ids: list[int], sound: list[bool]
-    ) -> None:
-        start = 0
+    def _encode(self, batch: list[tuple[_Work, codecs.Item]], scores: Scores) -> None:
+        start, rows, ids, sound = 0, scores.rows, scores.ids, scores.sound
         for work, item in batch:
             end = start + item.count
-            if all(sound[start:end]):
-                work.head = answer.head(item.form, rows[start:end], ids[start:end], self.contract.labels)
-            else:
+            if not all(sound[start:end]):
                 log.error("request %s: the model's logits are not finite", work.request.request_id)
+            elif item.options:
+                _each(functools.partial(self._shape, item, item.options, scores, slice(start, end)), [work])
+            else:
+                work.head = answer.head(item.form, rows[start:end], ids[start:end], self.contract.labels)
             start = end
+
+    def _shape(self, item: codecs.Item, options: Options, scores: Scores, part: slice, work: _Work) -> None:
+        work.head = shaped(item, options, scores, part, self.contract, self.inside)
 
     def _close(self, work: _Work) -> Answer:
         lead = work.twin or work
         if lead.head is not None:
             return Answer(200, lead.head + self.tails[work.outcome], work.outcome)
+        if work.request.describe:
+            return Answer(200, self.description, "BYPASS")
         fault = lead.error or Internal()
         self.metrics.add("distillery_refusals_total", label=fault.code)
         return Answer(fault.status, answer.error(fault, work.request.request_id), "ERROR")

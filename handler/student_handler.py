@@ -18,11 +18,14 @@ from handler.bundle import FILES, verify
 from handler.cache import CacheManager
 from handler.codecs.features import canonical
 from handler.contract import Contract
+from handler.description import describe
 from handler.errors import BadInput, BundleError, DistilleryError, Internal, ServeError
 from handler.frames import Message
+from handler.inside import Inside
 from handler.messages import Answer, Request
 from handler.metrics import Metrics, resident, to_torchserve
 from handler.model import load_model, replay
+from handler.options import Wishes, media, wishes
 from handler.service import Service
 from handler.settings import HandlerSettings, environment, load
 
@@ -30,7 +33,6 @@ log = logging.getLogger(__name__)
 T = TypeVar("T")
 Parts = Sequence[tuple[str, str, Any]]
 """Name, Content-Type and value of each part of a body."""
-Wishes = tuple[str, bool, bool]
 
 
 class StudentHandler:
@@ -94,7 +96,9 @@ def _service(context: Any) -> Service:
     identity = {"name": context.model_name, "version": version, "digest": digest}
     cache = CacheManager.from_settings(settings.cache, [digest, context.model_name, version])
     metrics = Metrics(cache.totals, resident, to_torchserve(context.metrics))
-    return Service(model, cache, settings.limits, identity, metrics)
+    inside = Inside(root, contract, model.device)
+    description = describe(root, model, threads, why, identity, inside)
+    return Service(model, cache, settings.limits, identity, metrics, inside, description)
 
 
 def _refuse_foreign_code(root: Path) -> None:
@@ -113,17 +117,20 @@ def _request_of(row: Mapping[str, Any], context: Any, index: int) -> Request:
     """One of TorchServe's rows as a request."""
     headers = context.get_all_request_header(index)
     parts = [(name, _type_of_part(headers, name), value) for name, value in row.items()]
-    return _request(str(context.get_request_id(index)), parts, _wishes, headers)
+    texts = {name: value for name, value in headers.items() if isinstance(value, str)}  # not a part's name
+    return _request(str(context.get_request_id(index)), parts, wishes, texts)
 
 
-def _request(request_id: str, parts: Parts, wishes: Callable[[T], Wishes], headers: T) -> Request:
+def _request(request_id: str, parts: Parts, read: Callable[[T], Wishes], headers: T) -> Request:
     """A request out of the parts of its body and its headers; whatever is wrong with it stays with it."""
     try:
         own, value = _part(parts)
-        named, look_up, store = wishes(headers)
-        content_type = _media(own) or named
+        named, look_up, store, options, description = read(headers)
+        if description and not parts:  # whereas a prediction has a part, be it empty
+            return Request(request_id=request_id, describe=True)
+        content_type = media(own) or named
         payload = _payload(value, content_type)
-        return Request(payload, content_type, request_id, look_up, store)
+        return Request(payload, content_type, request_id, look_up, store, options)
     except ServeError as error:
         return Request(request_id=request_id, error=error)
     except Exception:
@@ -131,23 +138,9 @@ def _request(request_id: str, parts: Parts, wishes: Callable[[T], Wishes], heade
         return Request(request_id=request_id, error=Internal())
 
 
-def _wishes(headers: Mapping[str, Any]) -> Wishes:
-    """Content type, whether the cache may answer, and whether it may keep the answer."""
-    lower = {name.lower(): value for name, value in headers.items()}
-    control = {word.strip().lower() for word in str(lower.get("cache-control", "")).split(",")}
-    look_up = control.isdisjoint({"no-cache", "no-store"})
-    return _media(str(lower.get("content-type", ""))), look_up, "no-store" not in control
-
-
 @functools.lru_cache(256)  # clients repeat themselves
 def _wishes_in_frame(headers: bytes) -> Wishes:
-    return _wishes(frames.parsed(headers))
-
-
-@functools.lru_cache(256)
-def _media(content_type: str) -> str:
-    """In lower case, without parameters."""
-    return content_type.partition(";")[0].strip().lower()
+    return wishes(frames.parsed(headers))
 
 
 def _type_of_part(headers: Mapping[str, Any], name: str) -> str:

@@ -38,6 +38,11 @@ BREACHES = {
         "import torchvision",
         "the archive carries no library a bare worker lacks",
     ),
+    "captum outside of explanations": (
+        "handler/engines.py",
+        "import captum",
+        "the archive carries no library a bare worker lacks",
+    ),
     "torch outside the model layer": (
         "handler/cache.py",
         "import torch",

@@ -9,6 +9,7 @@ import numpy as np
 from handler.codecs import features, image
 from handler.contract import Contract
 from handler.errors import BadInput, Unsupported
+from handler.options import Options, parse
 from handler.settings import LimitSettings
 
 Kind = Literal["raw", "image", "json"]
@@ -16,7 +17,7 @@ Kind = Literal["raw", "image", "json"]
 
 @dataclass(slots=True)
 class Item:
-    """What is in one request: `count` images, and the key that their answer goes under.
+    """What is in one request: `count` images, the key that their answer goes under, and what else it holds.
 
     `pixels` are uint8 `[count, C, H, W]`, or the bytes of one image H·W·C as they came.
     """
@@ -24,6 +25,7 @@ class Item:
     pixels: image.Pixels | bytes
     form: str = "prediction"
     count: int = 1
+    options: Options | None = None
 
 
 def kind_of(payload: bytes, content_type: str, contract: Contract) -> Kind:
@@ -45,14 +47,19 @@ def kind_of(payload: bytes, content_type: str, contract: Contract) -> Kind:
     raise Unsupported("unsupported_media", f"{got} and not the bytes of an image: expected {expected}")
 
 
-def decode(kind: Kind, payload: bytes, contract: Contract, limits: LimitSettings) -> Item:
-    """What is in a body; raises ServeError for what is not as the contract says."""
+def decode(
+    kind: Kind, payload: bytes, contract: Contract, limits: LimitSettings, options: Options | None = None
+) -> Item:
+    """What is in a body, whose headers give `options`; raises ServeError for what is not as the contract says."""
     if kind == "raw":
-        return Item(payload)
+        return Item(payload, options=options)
     if kind == "image":
-        return Item(image.decode(payload, contract, limits.pixels)[0])
-    pixels, form = features.decode(features.parse(payload), contract, limits)
-    return Item(pixels, form, len(pixels))
+        return Item(image.decode(payload, contract, limits.pixels)[0], options=options)
+    value = features.parse(payload)
+    if isinstance(value, dict) and "options" in value:
+        options = parse(value["options"], options)
+    pixels, form = features.decode(value, contract, limits)
+    return Item(pixels, form, len(pixels), options)
 
 
 def stacked(items: Sequence[Item], contract: Contract) -> image.Pixels:

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import orjson
 
@@ -17,6 +18,11 @@ def head(form: str, rows: Sequence[Sequence[float]], ids: Sequence[int], labels:
     `rows` are the probabilities `[N][K]` of one request's images, `ids` the class of each.
     """
     return orjson.dumps({form: rows, "label": [labels[k] for k in ids], "class_id": ids})[:-1]
+
+
+def more(found: Mapping[str, Any]) -> bytes:
+    """What options add to a head: numbers, lists and arrays by their names."""
+    return b"," + orjson.dumps(found, option=orjson.OPT_SERIALIZE_NUMPY)[1:-1] if found else b""
 
 
 def tail(source: str, model: Mapping[str, str]) -> bytes:

@@ -12,7 +12,7 @@ import orjson
 from handler.codecs import image
 from handler.codecs.image import Pixels
 from handler.contract import Contract
-from handler.errors import BadInput, ServeError, TooLarge
+from handler.errors import BadInput, ServeError, TooLarge, json_type
 from handler.settings import LimitSettings
 
 NUMBERS = {int, float}  # exactly these: a bool is an int to Python, a digit string a number to numpy, not to us
@@ -67,7 +67,7 @@ _DECODER = json.JSONDecoder(parse_constant=_refuse)
 def _rows(value: Any, name: str, contract: Contract, limits: LimitSettings) -> Pixels:
     """One flat list of numbers, or a list of such lists."""
     if not isinstance(value, list):
-        raise BadInput("bad_type", f"{name}: expected a list of numbers, got {_type(value)}")
+        raise BadInput("bad_type", f"{name}: expected a list of numbers, got {json_type(value)}")
     if not (value and isinstance(value[0], list)):
         return _item(value, name, [(contract.size,)], contract)[np.newaxis]
     _check_count(value, name, limits)
@@ -77,7 +77,7 @@ def _rows(value: Any, name: str, contract: Contract, limits: LimitSettings) -> P
 def _instances(value: Any, contract: Contract, limits: LimitSettings) -> Pixels:
     """A list of items, each a flat list, a list nested as the image is, or base64 bytes."""
     if not isinstance(value, list):
-        raise BadInput("bad_type", f"instances: expected a list, got {_type(value)}")
+        raise BadInput("bad_type", f"instances: expected a list, got {json_type(value)}")
     if not value:
         raise BadInput("bad_shape", "instances: expected at least one, got none")
     _check_count(value, "instances", limits)
@@ -124,7 +124,7 @@ def _item(value: Any, name: str, shapes: list[tuple[int, ...]], contract: Contra
     expected = image.layout(contract, "numbers")
     if not isinstance(value, list):
         code = "bad_shape" if type(value) in NUMBERS else "bad_type"
-        raise BadInput(code, f"{name}: expected {expected}, got {_type(value)}")
+        raise BadInput(code, f"{name}: expected {expected}, got {json_type(value)}")
     shape = [len(value)]
     kinds = set(map(type, value))
     while kinds == {list}:
@@ -139,7 +139,7 @@ def _item(value: Any, name: str, shapes: list[tuple[int, ...]], contract: Contra
     if tuple(shape) not in shapes:
         raise BadInput("bad_shape", f"{name}: expected {expected}, got {'×'.join(map(str, shape))}")
     if not kinds <= NUMBERS:
-        wrong = _type(next(v for v in value if type(v) not in NUMBERS))
+        wrong = json_type(next(v for v in value if type(v) not in NUMBERS))
         raise BadInput("bad_type", f"{name}: expected {expected}, got {wrong} among them")
     pixels: Pixels = image.raw(_bytes(value, kinds, name), contract)[0]
     return pixels
@@ -161,9 +161,3 @@ def _bytes(values: list[Any], kinds: set[type], name: str) -> bytes:
     if low < 0 or high > 255:
         raise BadInput("out_of_range", f"{name}: expected intensities 0–255, got {low if low < 0 else high:.6g}")
     return np.rint(numbers).astype(np.uint8).tobytes()
-
-
-def _type(value: Any) -> str:
-    """The name JSON has for the type of a value."""
-    names = {dict: "an object", list: "a list", str: "a string", bool: "true or false", type(None): "null"}
-    return names.get(type(value), "a number")

@@ -104,6 +104,49 @@ def test_every_form_of_one_image_gets_one_answer(served: Site, golden: archive.G
     assert np.abs(np.array(kserve.json()["predictions"][0]) - scores[0]).max() < 1e-6
 
 
+def test_options_and_explanations_beside_predictions(served: Site, golden: archive.Golden) -> None:
+    """All at once, so that they share batches; each gets what it gets alone, whatever headers a client invents."""
+    instance, image = served.instance(), golden.images[3]
+    predict, explain, old = "predictions/student", "explanations/student", "models/student/invoke"
+    forged = {"describe": "True", "explain": "True", "Explain": "True"}
+    asked: list[tuple[str, dict[str, str], str]] = [
+        (predict, {}, "prediction"),
+        (predict, forged, "prediction"),
+        (explain, {}, "explanation"),
+        (explain, {"explain": "False"}, "explanation"),
+        (predict, {"X-Options": '{"top_k": 2, "logits": true, "features": true}'}, "top_k"),
+        (predict, {"X-Options": '{"top_k": 0}'}, "bad_option"),
+        (predict, {"Content-Type": "application/x-www-form-urlencoded", "describe": "True"}, "empty_body"),
+        (old, {}, "prediction"),
+        (old, {"explain": "True"}, "explanation"),
+    ]
+
+    def send(one: tuple[str, dict[str, str], str]) -> Any:
+        route, headers, code = one
+        body = b"" if code == "empty_body" else image.tobytes()
+        return post(instance, body, route=route, **{"Content-Type": RAW, "Cache-Control": "no-store", **headers}).json()
+
+    with ThreadPoolExecutor(16) as pool:
+        answers = list(pool.map(send, asked * 4))
+    expected = send(asked[0])
+    for (route, _, key), found in zip(asked * 4, answers, strict=True):
+        assert key in found or key == found["code"], (route, found)
+        if "prediction" in found:
+            assert found["prediction"] == [pytest.approx(expected["prediction"][0], abs=1e-6)]
+        if "explanation" in found:
+            assert np.array(found["explanation"]).shape == (1, 28, 28) and found["label"] == expected["label"]
+
+
+def test_the_model_describes_itself_to_the_management(served: Site, packed: Path) -> None:
+    management = served.instance().management()
+    answer = management._session.get(f"{management.url}/models/student?customized=true", timeout=30)
+    [model] = answer.json()
+    found = model["customizedMetadata"]
+    assert answer.status_code == 200 and found["model"]["digest"] == archive.read(packed).digest
+    assert (found["contract"]["network"], found["engine"]["name"]) == ("separable", "onnx")
+    assert found["evidence"]["accuracy"] == 0.9 and found["explanations"] is True
+
+
 def test_predict_asks_for_files_and_test_images(served: Site, golden: archive.Golden) -> None:
     (served.folder / "in").mkdir()
     (served.folder / "in" / "good.png").write_bytes(picture(Image.fromarray(golden.images[5][:, :, 0])))

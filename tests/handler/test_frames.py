@@ -22,6 +22,7 @@ from handler.frames import Message, Reader
 from handler.messages import Answer, Outcome
 from handler.settings import CacheSettings
 from tests.handler.payloads import RAW, Pixels
+from tests.handler.test_options import ALL, DESCRIBE, EXPLAIN, PREDICT, by
 from tests.handler.test_student_handler import BAD, forms
 from tests.harness import END, Post, Worker, encoded, multipart, post
 
@@ -129,6 +130,9 @@ def test_the_bytes_of_any_reply_are_the_same_by_both_ways(worker: Worker, images
     """Every form of an image and every bad body, twice: first computed, then from the cache."""
     sent = [*forms(images[3]).values(), *(item for item, _ in BAD.values())]
     sent += [post(images[4].tobytes(), RAW, Cache_Control=control) for control in ("no-cache", "max-age=0, No-Store")]
+    plain = post(images[7].tobytes(), RAW)
+    sent += [by(route, plain, X_Options=ask) for route in (PREDICT, EXPLAIN) for ask in (ALL, {"top_k": 0})]
+    sent += [DESCRIBE, by(PREDICT, plain, describe="True"), multipart(**{"X-Options": ("", b"x"), "data": (RAW, b"x")})]
     sent += [multipart(body=("", images[5].tobytes()), data=(RAW, images[6].tobytes()))]
     data = frame(sent)
     service = worker.handler.service

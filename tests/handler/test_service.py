@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,7 @@ from handler import codecs
 from handler.cache import CacheManager
 from handler.contract import Contract, probabilities
 from handler.errors import BadInput
+from handler.inside import Inside
 from handler.messages import Answer, Request
 from handler.metrics import Metrics
 from handler.service import Service
@@ -23,6 +25,7 @@ from handler.stores import MemoryStore
 from tests.handler.payloads import JSON, RAW, dumps
 
 CONTRACT = Contract(network="any", channels=1, height=1, width=3, labels=("a", "b", "c"))
+CLOSED = Inside(Path(), CONTRACT)
 
 
 class Echo:
@@ -51,7 +54,8 @@ class Bench:
         self.model, self.now = Echo(), 0.0
         store = MemoryStore(entries=100, size_bytes=1 << 20, ttl_s=60, clock=lambda: self.now)
         self.cache = CacheManager(store, ["digest"])
-        self.service = Service(self.model, self.cache, LimitSettings(rows=3), {"name": "m", "version": "1"}, Metrics())
+        identity = {"name": "m", "version": "1"}
+        self.service = Service(self.model, self.cache, LimitSettings(rows=3), identity, Metrics(), CLOSED)
 
     def ask(self, *requests: Request) -> list[Answer]:
         return self.service.answer(requests)

@@ -14,7 +14,7 @@ from handler.settings import LimitSettings
 from handler.stores import MemoryStore
 from tests.handler.payloads import JSON
 from tests.handler.redis_server import PATIENCE_S, Clock, RedisServer
-from tests.handler.test_service import BAD, Echo, outcomes, raw
+from tests.handler.test_service import BAD, CLOSED, Echo, outcomes, raw
 
 New = Callable[..., Service]
 
@@ -26,7 +26,7 @@ def new(redis_server: RedisServer) -> New:
     def made(*, lease_s: float = 3600, wait_s: float = 3600) -> Service:
         memory = MemoryStore(entries=9, size_bytes=9999, ttl_s=60)
         cache = CacheManager(memory, ["digest"], redis_server.store(Clock(), lease_s=lease_s), wait_s)
-        return Service(Echo(), cache, LimitSettings(rows=3), {"name": "m"}, Metrics())
+        return Service(Echo(), cache, LimitSettings(rows=3), {"name": "m"}, Metrics(), CLOSED)
 
     return made
 
@@ -123,7 +123,7 @@ def test_a_claim_that_comes_to_nothing_is_given_up(new: New) -> None:
 
 def test_a_redis_that_is_gone_changes_no_answer(own_redis: RedisServer) -> None:
     cache = CacheManager(MemoryStore(entries=9, size_bytes=9999, ttl_s=60), [], own_redis.store(Clock()), 3600)
-    service = Service(Echo(), cache, LimitSettings(), {}, Metrics())
+    service = Service(Echo(), cache, LimitSettings(), {}, Metrics(), CLOSED)
     own_redis.stop()
     assert outcomes(service.answer([raw(1, 2, 3), BAD, raw(1, 2, 3)])) == ["MISS", "ERROR", "MISS"]
     assert outcomes(service.answer([raw(1, 2, 3)])) == ["HIT"]

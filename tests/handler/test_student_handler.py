@@ -21,6 +21,7 @@ from handler.bundle import FILES, seal
 from handler.contract import probabilities
 from handler.errors import BundleError, SettingsError
 from handler.model import load_model
+from handler.options import wishes
 from serving.archive import describe
 from tests.bundles import LABELS
 from tests.handler.payloads import JSON, RAW, Golden, Pixels, b64, dumps, features, huge_png, jpeg, png
@@ -59,7 +60,7 @@ def forms(image: Pixels) -> dict[str, Post]:
         "instances, nested": post(dumps({"instances": [image.tolist()]}), JSON),
         "instances, nested with channel": post(dumps({"instances": [image[:, :, None].tolist()]}), JSON),
         "describe": post(png(image), "image/png", describe="True"),
-        "explain": post(png(image), "image/png", explain="True"),
+        "explain": post(png(image), "image/png", explain="False", Explain="True"),  # the first is TorchServe's
         "a header of the part's name": Post({"Data": "x"}, {"data": ("", png(image))}),
     }
 
@@ -272,14 +273,12 @@ def test_a_fault_of_ours_is_500_for_its_request_only(
 def test_a_row_that_cannot_be_read_is_500_for_itself_only(
     worker: Worker, images: Pixels, golden: Golden, monkeypatch: pytest.MonkeyPatch, caplog: Any
 ) -> None:
-    wishes = student_handler._wishes
-
     def broken(headers: Any) -> Any:
         if "BOOM" in headers:
             raise RuntimeError("told so")
         return wishes(headers)
 
-    monkeypatch.setattr(student_handler, "_wishes", broken)
+    monkeypatch.setattr(student_handler, "wishes", broken)
     sent = post(images[0].tobytes(), RAW)
     replies = worker.ask(Post({**sent.headers, "BOOM": "1"}, sent.parameters), sent)
     assert replies[0].error == (500, "internal")

@@ -7,6 +7,7 @@ from pathlib import Path
 from handler.bundle import FILES, verify
 from handler.cache import CacheManager
 from handler.contract import Contract
+from handler.inside import Inside
 from handler.messages import Request
 from handler.metrics import Metrics
 from handler.model import load_model
@@ -22,10 +23,12 @@ def load() -> Service:
     root = Path(os.environ["BUNDLE"])
     digest = verify(root)["digest"]
     settings = HandlerSettings(engine="onnx")
-    model, _ = load_model(root, Contract.read(root / FILES.contract), settings, 1, None, BATCH)
+    contract = Contract.read(root / FILES.contract)
+    model, _ = load_model(root, contract, settings, 1, None, BATCH)
     model.warm_up([2**i for i in range(BATCH.bit_length())])
     cache = CacheManager.from_settings(settings.cache, [digest])
-    return Service(model, cache, settings.limits, {"name": "student", "version": "1.0", "digest": digest}, Metrics())
+    identity = {"name": "student", "version": "1.0", "digest": digest}
+    return Service(model, cache, settings.limits, identity, Metrics(), Inside(root, contract))
 
 
 def answers(service: Service, bodies: Sequence[bytes]) -> list[bytes]:

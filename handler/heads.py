@@ -1,0 +1,48 @@
+"""Logits → what is said of them: the probabilities and classes of one forward, and what options add to a head."""
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from handler import codecs
+from handler.codecs import answer
+from handler.contract import Contract, probabilities
+from handler.options import Options
+
+if TYPE_CHECKING:  # it loads torch
+    from handler.inside import Inside
+
+
+class Scores:
+    """What one forward says of its images, a row each; `sound` where the logits are finite."""
+
+    def __init__(self, logits: NDArray[np.float32]) -> None:
+        finite: NDArray[np.bool_] = np.asarray(np.isfinite(logits).all(axis=1))
+        scores = probabilities(logits if finite.all() else np.where(finite[:, np.newaxis], logits, 0))
+        ids = scores.argmax(axis=1)
+        self.logits, self.scores, self.sound = logits, scores, finite.tolist()
+        self.rows, self.ids = scores.round(answer.DIGITS).tolist(), ids.tolist()
+        self.classes, self.sure = ids[finite].tolist(), scores.max(axis=1)[finite].tolist()
+
+
+def shaped(
+    item: codecs.Item, options: Options, scores: Scores, part: slice, contract: Contract, inside: "Inside"
+) -> bytes:
+    """The head of an answer with options; its images are the `part` of the forward."""
+    form, rows, ids, labels = item.form, scores.rows[part], scores.ids[part], contract.labels
+    images, found = codecs.stacked([item], contract), dict[str, Any]()
+    if options.top_k:
+        best = np.argsort(-scores.scores[part], axis=1, kind="stable")[:, : options.top_k].tolist()
+        found["top_k"] = [
+            [{"label": labels[k], "class_id": k, "probability": row[k]} for k in order]
+            for row, order in zip(rows, best, strict=True)
+        ]
+    if options.logits:
+        found["logits"] = np.ascontiguousarray(scores.logits[part])
+    if options.features:
+        found["features"] = inside.features(images)
+    if options.explanation:
+        slopes = inside.saliency(images, ids).astype(np.float64).round(6)  # float32 knows no more digits
+        form, rows = form.replace("prediction", "explanation"), slopes.tolist()
+    return answer.head(form, rows, ids, labels) + answer.more(found)
