@@ -78,13 +78,14 @@ def broken(found: dict[str, Any]) -> list[str]:
 
 
 def used_again(server: RedisServer, clients: int) -> Callable[[], bool]:
-    """Whether so many others have stayed connected since the last look, and entries have come since the first."""
+    """Whether so many others are asking, over connections that have stayed, and entries have come since the first."""
     seen: set[str] = set()
     entries = server.admin.dbsize()
 
     def look() -> bool:
         nonlocal seen
-        before, seen = seen, {one["id"] for one in server.admin.client_list() if one["cmd"] != "client|list"}
+        asking = [one for one in server.admin.client_list() if one["idle"] == "0" and one["cmd"] != "client|list"]
+        before, seen = seen, {one["id"] for one in asking}
         return len(before & seen) >= clients and server.admin.dbsize() > entries
 
     return look

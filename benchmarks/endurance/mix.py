@@ -67,8 +67,9 @@ def bad(image: Pixels) -> list[Body]:
     return [
         (None, b""), (JSON, b'{"features": ['), (JSON, b'"\xff"'), (JSON, b"[" * 10_000), (RAW, image.tobytes()[1:]),
         (JSON, _instances({"b64": "?"})), (JSON, json.dumps({"features": numbers[1:]}).encode()), row("0"),
-        row(float("nan")), row(256), row(-1), (JSON, row(0)[1].replace(b"0]", b"1e400]")), ("image/png", png[: len(png) // 2]),
-        ("image/jpeg", _jpeg(image)[:-99]), ("image/png", huge_png(4001, 4000)), ("text/plain", b"hello, student"),
+        row(float("nan")), row(256), row(-1), (JSON, row(0)[1].replace(b"0]", b"1e400]")),
+        ("image/png", png[: len(png) // 2]), ("image/jpeg", _jpeg(image)[:-99]), ("image/png", huge_png(4001, 4000)),
+        ("text/plain", b"hello, student"),
         (JSON, json.dumps({"features": [numbers] * 257}).encode()), ("image/gif", b"GIF89a" + bytes(20)),
     ]  # fmt: skip
 

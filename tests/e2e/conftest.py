@@ -167,12 +167,14 @@ def fresh(packed: Path) -> Iterator[Site]:
     clear(made)
 
 
-def post(instance: Instance, body: Any, content_type: str | None = None, **headers: str) -> requests.Response:
+def post(
+    instance: Instance, body: Any, content_type: str | None = None, *, model: str = "student", **headers: str
+) -> requests.Response:
     """A request as any client would send it, with the token if there is one; no retries."""
     key = token(instance.key_file, "inference")
     sent = headers | ({"Authorization": f"Bearer {key}"} if key else {})
     sent |= {"Content-Type": content_type} if content_type else {}
-    return requests.post(f"{instance.inference}/predictions/student", data=body, headers=sent, timeout=30)
+    return requests.post(f"{instance.inference}/predictions/{model}", data=body, headers=sent, timeout=30)
 
 
 def touched(packed: Path, path: Path) -> Path:
