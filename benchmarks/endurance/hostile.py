@@ -12,8 +12,10 @@ import time
 import warnings
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 
@@ -59,9 +61,7 @@ def broken(found: dict[str, Any]) -> list[str]:
 def _in_process(archive: Path, count: int, seed: int) -> dict[str, Any]:
     statuses: Counter[int] = Counter()
     changed, slowest = 0, 0.0
-    os.environ["TS_DECODE_INPUT_REQUEST"] = "false"  # as config.properties has it
-    warnings.simplefilter("ignore")  # Pillow's, of what it then refuses
-    with archives.unpacked(archive) as root, Worker(root, batch_size=BATCH) as worker:
+    with _as_served(), archives.unpacked(archive) as root, Worker(root, batch_size=BATCH) as worker:
         good = post(archives.golden(root).images[0].tobytes(), RAW)
         worker.ask(good)
         [known] = worker.ask(good)
@@ -72,6 +72,14 @@ def _in_process(archive: Path, count: int, seed: int) -> dict[str, Any]:
             statuses.update(reply.status for reply in replies)
             changed += sum(_told(reply) != _told(known) for reply in (first, last))
     return {"bodies": count, "statuses": _named(statuses), "neighbours_changed": changed, "slowest_batch_s": slowest}
+
+
+@contextmanager
+def _as_served() -> Iterator[None]:
+    """What config.properties says of bodies; and silence of Pillow, which warns of what it then refuses."""
+    with patch.dict(os.environ, TS_DECODE_INPUT_REQUEST="false"), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
 
 
 def _told(reply: Reply) -> tuple[int, bytes]:

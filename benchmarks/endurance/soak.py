@@ -29,7 +29,7 @@ Samples = list[dict[int, int]]
 
 def run(bundle: Path, folder: Path, *, requests: int, settled: int, clients: int, leg_s: int) -> dict[str, Any]:
     """The figures of the soak, and which bounds are broken; `folder` is for what wrk reads."""
-    sent = mix.made(bundle, DISTINCT)
+    sent = mix.made(bundle, min(DISTINCT, requests))
     files = sent.write(folder)
     with serving(bundle) as site:
         before, legs, done = site.pids(), [], 0

@@ -154,6 +154,16 @@ def test_a_truncated_image_is_bad(payload: bytes, share: float) -> None:
     assert caught.value.code == "bad_image"
 
 
+def test_colours_without_a_palette_are_bad() -> None:
+    """Pillow's own assertion fails there."""
+    whole = png(Image.fromarray(GREY).convert("P"), transparency=3)
+    start = whole.index(b"PLTE") - 4
+    (length,) = struct.unpack_from(">I", whole, start)
+    with pytest.raises(BadInput) as caught:
+        decode(whole[:start] + whole[start + 12 + length :])
+    assert caught.value.code == "bad_image"
+
+
 def test_the_pixel_limit_is_exact_and_checked_before_decoding(monkeypatch: pytest.MonkeyPatch) -> None:
     assert decode(huge_png(1000, 1000)).max() == 0
     monkeypatch.setattr(ImageOps, "exif_transpose", lambda *_, **__: pytest.fail("decoded"))
