@@ -75,7 +75,7 @@ def main(arguments: list[str] | None = None) -> int:
             result = about | measure(options, Path(folder))
     except KeyboardInterrupt:
         return 130
-    except DistilleryError as error:
+    except (DistilleryError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     if options.out:

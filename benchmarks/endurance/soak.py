@@ -71,7 +71,7 @@ def _leg(site: Site, sent: Mix, files: tuple[Path, Path], begin: int, clients: i
         "wrong": sent.wrong(judged, places.tolist()) - lost,
         "expected_refusals": sent.to_refuse(begin, count),
         "requests_in_all": begin + count,
-        "resident_bytes": {str(pid): int(np.median([sample[pid] for sample in samples])) for pid in pids},
+        "resident_bytes": {str(pid): int(np.median([s[pid] for s in samples if pid in s])) for pid in samples[-1]},
     }
 
 
@@ -111,7 +111,8 @@ def _totals(legs: list[dict[str, Any]], settled: int) -> dict[str, Any]:
 
 
 def _growth(legs: list[dict[str, Any]], settled: int, pid: str) -> dict[str, Any]:
-    marked = [leg["resident_bytes"][pid] for leg in legs if leg["requests_in_all"] >= settled]
+    after = [leg["resident_bytes"] for leg in legs if leg["requests_in_all"] >= settled]
+    marked = [found[pid] for found in after if pid in found]  # a worker may have ended
     if len(marked) < 2:
         return {"growth": None}
     return {"settled_bytes": marked[0], "most_bytes": max(marked), "growth": max(marked) / marked[0] - 1}

@@ -80,17 +80,14 @@ class Stand:
         assert answer.status_code == 200, answer.text
         found = answer.json()
         digest: str = found["model"]["digest"]
-        np.testing.assert_allclose(found["prediction"][0], self.expected(digest, pixels), atol=1e-4)
+        np.testing.assert_allclose(found["prediction"][0], expected(self.sources[digest], pixels), atol=1e-4)
         return digest
 
-    @functools.lru_cache(4096)  # noqa: B019
-    def expected(self, digest: str, pixels: bytes) -> Any:
-        source = self.sources[digest]
-        with torch.no_grad():
-            return probabilities(source.network(torch.tensor(image.raw(pixels, source.contract).copy())).numpy())[0]
 
-    def __hash__(self) -> int:
-        return id(self)
+@functools.lru_cache(4096)
+def expected(source: Source, pixels: bytes) -> Any:
+    with torch.no_grad():
+        return probabilities(source.network(torch.tensor(image.raw(pixels, source.contract).copy())).numpy())[0]
 
 
 def store(folder: Path, name: str, version: str, workers: int, redis: RedisServer, source: Source) -> archive.Archive:
