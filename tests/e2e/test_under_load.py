@@ -24,8 +24,9 @@ from handler.contract import Contract, probabilities
 from handler.settings import CacheSettings, HandlerSettings, LimitSettings
 from serving import archive
 from serving.archive import ServeSettings
+from serving.instance import Instance
 from tests.bundles import SERVED, blocks, random_bundle, random_source
-from tests.e2e.conftest import Site, clear, make_site, post, until
+from tests.e2e.conftest import clear, make_site, post, until
 from tests.handler.payloads import RAW, png
 from tests.handler.redis_server import RedisServer, started
 from training.export import Source
@@ -42,12 +43,12 @@ Told = tuple[bytes, requests.Response]
 class Stand:
     """A server with two workers of student 1.0; student 2.0 and the teacher lie in its model store."""
 
-    site: Site
+    instance: Instance
     redis: RedisServer
     sources: dict[str, Source]
 
     def ask(self, body: bytes, kind: str = RAW, model: str = "student") -> requests.Response:
-        return post(self.site.instance(), body, kind, model=model)
+        return post(self.instance, body, kind, model=model)
 
     def at_once(self, bodies: Sequence[bytes], model: str = "student", kind: str = RAW) -> list[requests.Response]:
         """All of them sent at one moment, each over a connection of its own."""
@@ -62,7 +63,7 @@ class Stand:
 
     def counted(self, name: str, model: str = "student") -> float:
         """A metric, over all its labels and workers."""
-        text = requests.get(f"http://127.0.0.1:{self.site.port + 2}/metrics", timeout=5).text
+        text = requests.get(f"http://127.0.0.1:{self.instance.ports()[2]}/metrics", timeout=5).text
         values = re.findall(rf'(?m)^distillery_{name}\{{[^}}]*ModelName="{model}"[^}}]*\}} (\S+)$', text)
         return sum(map(float, values))
 
@@ -71,7 +72,7 @@ class Stand:
         return self.counted("cache_hits_total", model) + self.counted("cache_misses_total", model)
 
     def manage(self, verb: str, path: str, **query: Any) -> None:
-        management = self.site.instance().management()
+        management = self.instance.management()
         answer = management._session.request(verb, f"{management.url}/{path}", params=query, timeout=90)
         assert answer.ok, answer.text
 
@@ -118,7 +119,7 @@ def stand(redis: RedisServer, tmp_path_factory: pytest.TempPathFactory) -> Itera
     try:
         began = site.serving("start")
         assert began.status == 0, began.error
-        yield Stand(site, redis, {archives[kind].digest: source for kind, source in made.items()})
+        yield Stand(site.instance(), redis, {archives[kind].digest: source for kind, source in made.items()})
         assert site.serving("stop").status == 0
     finally:
         clear(site)
