@@ -7,6 +7,7 @@ example: python -m benchmarks.endurance.fuzz --runs 100000
 
 import argparse
 import contextlib
+import os
 import sys
 import tempfile
 import warnings
@@ -35,7 +36,7 @@ def one(data: bytes) -> None:
 
 
 def main() -> None:
-    """Fuzz; exit status 0 when so many runs found nothing, else the fuzzer's own."""
+    """Fuzz; exit status 0 when so many runs found nothing, else the fuzzer's own, and the body lies in crash-…."""
     about, _, example = (__doc__ or "").rpartition("\n\n")
     p = argparse.ArgumentParser("python -m benchmarks.endurance.fuzz", description=about, epilog=example)
     p.add_argument("--runs", type=int, default=100_000, help="default: %(default)s")
@@ -46,9 +47,13 @@ def main() -> None:
             body, kind = hostile(number)
             first = TYPES.index(kind) if kind in TYPES else 0
             (Path(folder) / str(number)).write_bytes(bytes([first, number % 2]) + body[:LONGEST])
-        bounds = [f"-runs={options.runs}", f"-max_len={LONGEST}", "-timeout=1", f"-artifact_prefix={folder}/"]
-        atheris.Setup([sys.argv[0], *bounds, "-print_final_stats=1", folder], one)
-        atheris.Fuzz()
+        bounds = [f"-runs={options.runs}", f"-max_len={LONGEST}", "-timeout=1", "-print_final_stats=1"]
+        child = os.fork()
+        if not child:
+            atheris.Setup([sys.argv[0], *bounds, folder], one)
+            atheris.Fuzz()  # ends the process
+        _, status = os.waitpid(child, 0)
+    sys.exit(os.waitstatus_to_exitcode(status))
 
 
 if __name__ == "__main__":

@@ -12,7 +12,9 @@ from tests.harness import Post, Worker, multipart, post
 
 GENERATED = st.integers(0, 2**32 - 1).map(hostile)
 ANYTHING = st.tuples(st.binary(max_size=2000), st.sampled_from(TYPES) | st.text(max_size=40))
-same_worker = settings(suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
+same_worker = settings(
+    max_examples=50, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
+)
 
 
 def neighbours(worker: Worker, bad: Post, known: Post, computed: Post) -> Any:
