@@ -20,7 +20,7 @@ GOOD_HOSTILE: dict[str, Any] = {
     "http": {"statuses": {"400": 1}, "slowest_s": 1.0, "workers": {"before": [1], "after": [1]}, "log": []},
 }
 PHASE = {"p99_ms": 10.0, "not_200": 0, "wrong": 0}
-GOOD_FAULT: dict[str, Any] = {"before": PHASE, "during": PHASE | {"p99_ms": 30.0}, "after": PHASE}
+GOOD_FAULT: dict[str, Any] = {"before": PHASE, "during": PHASE | {"p99_ms": 30.0}, "after": dict(PHASE)}
 GOOD_FAULT["used_again_after_s"] = 10.0
 
 
