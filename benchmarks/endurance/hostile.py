@@ -97,7 +97,7 @@ def _over_http(port: int, count: int, clients: int, seed: int) -> dict[str, Any]
                 forms += 1
             else:
                 statuses[status] += 1
-        slowest = max(slowest, float(np.nan_to_num(found.done - found.sent, nan=np.inf).max()))
+        slowest = max(slowest, float(np.nan_to_num(found.done - found.sent, nan=WAIT_S).max()))
     return {"bodies": count, "statuses": _named(statuses), "forms_refused_with_500": forms, "slowest_s": slowest}
 
 
