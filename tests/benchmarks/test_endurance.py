@@ -8,8 +8,10 @@ from typing import Any
 
 import pytest
 
-from benchmarks.endurance import faults, hostile, soak
+from benchmarks.endurance import faults, hostile, mix, soak
 from benchmarks.endurance.__main__ import main
+from serving import archive as archives
+from tests.harness import Worker, post
 
 GOOD_SOAK: dict[str, Any] = {
     "statuses": {"200": 9, "400": 1}, "lost": 0, "refused_unlike_sent": 0, "wrong": 0,
@@ -63,6 +65,14 @@ def test_what_hostile_bodies_break_is_seen(path: str, value: Any) -> None:
 def test_what_a_fault_breaks_is_seen(path: str, value: Any) -> None:
     assert faults.broken(GOOD_FAULT) == []
     assert len(faults.broken(changed(GOOD_FAULT, path, value))) == 1
+
+
+def test_what_is_meant_to_be_bad_is_refused_and_every_form_is_answered(packed: Path) -> None:
+    with archives.unpacked(packed) as root, Worker(root) as worker:
+        image = archives.golden(root).images[0]
+        bad = [worker.ask(post(body, kind))[0].status for kind, body in mix.bad(image)]
+        good = [worker.ask(post(body, kind))[0].status for kind, body in (form(image) for form in mix.FORMS)]
+    assert {status // 100 for status in bad} == {4} and set(good) == {200}
 
 
 def run(bundle: Path, out: Path, kind: str, *flags: str) -> Any:
