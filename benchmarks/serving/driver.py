@@ -84,7 +84,7 @@ def _chunks(received: bytes | bytearray, at: int) -> bytes | None:
     return None
 
 
-def request(path: str, content_type: str | None, body: bytes, **headers: str) -> bytes:
+def request(path: str, content_type: str | None, body: bytes, /, **headers: str) -> bytes:
     """The bytes of a POST; None: without a Content-Type."""
     own = {} if content_type is None else {"Content-Type": content_type}
     named = {"Host": "127.0.0.1", **own, **headers, "Content-Length": str(len(body))}
