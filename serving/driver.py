@@ -91,10 +91,12 @@ def _chunks(received: bytes | bytearray, at: int) -> bytes | None:
     return None
 
 
-def request(path: str, content_type: str, body: bytes) -> bytes:
-    """The bytes of a POST."""
-    head = f"POST {path} HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: {content_type}\r\n"
-    return f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body
+def request(path: str, content_type: str | None, body: bytes, /, **headers: str) -> bytes:
+    """The bytes of a POST; None: without a Content-Type."""
+    own = {} if content_type is None else {"Content-Type": content_type}
+    named = {"Host": "127.0.0.1", **own, **headers, "Content-Length": str(len(body))}
+    head = "".join(f"{name}: {value}\r\n" for name, value in named.items())
+    return f"POST {path} HTTP/1.1\r\n{head}\r\n".encode() + body
 
 
 def arrivals(rate: float, seconds: float, seed: int) -> NDArray[np.float64]:

@@ -2,6 +2,7 @@
 
 import zipfile
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -21,11 +22,14 @@ LABELS = ("T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shir
 SERVED = Contract(network="separable", channels=1, height=28, width=28, labels=LABELS)
 
 
-def blocks(count: int, channels: int = 1, side: int = 28) -> Tensor:
-    """Images of blocks, which differ in their answers as noise does not: uint8 `[count, channels, side, side]`."""
+def blocks(count: int, channels: int = 1, side: int | tuple[int, int] = 28) -> Tensor:
+    """Images of blocks, which differ in their answers as noise does not: uint8 `[count, channels, side, side]`.
+
+    A `side` of two is height and width.
+    """
     generator = torch.Generator().manual_seed(0)
     small = torch.randint(0, 256, (count, channels, 4, 4), generator=generator, dtype=torch.uint8)
-    return F.interpolate(small.float(), size=(side, side)).to(torch.uint8)
+    return F.interpolate(small.float(), size=side).to(torch.uint8)
 
 
 def settled(network: nn.Module, images: Tensor) -> nn.Module:
@@ -38,30 +42,31 @@ def settled(network: nn.Module, images: Tensor) -> nn.Module:
     return network.eval()
 
 
-def random_source(seed: int = 0) -> Source:
+def random_source(seed: int = 0, size: tuple[int, int] = (28, 28)) -> Source:
     """A student that has learned nothing, but gives different images different answers."""
     torch.manual_seed(seed)
-    network = networks.build("separable", channels=1, size=(28, 28), classes=10)
+    network = networks.build("separable", channels=1, size=size, classes=10)
     for parameter in network[-1].parameters():
         parameter.data.mul_(4)
-    return Source(settled(network, blocks(64)), SERVED, blocks(64))
+    images = blocks(64, side=size)
+    return Source(settled(network, images), replace(SERVED, height=size[0], width=size[1]), images)
 
 
-def random_bundle(folder: Path, seed: int = 0) -> Path:
+def random_bundle(folder: Path, source: Source | None = None, engines: tuple[str, ...] = EXPORTED) -> Path:
     """A bundle as training writes it, of a student that has learned nothing, with 64 images of blocks."""
-    source = random_source(seed)
-    for name in EXPORTED:
+    source = source or random_source()
+    for name in engines:
         FORMATS[name].write(source, folder / product("student", name))
     milliseconds = {"eager": 1.5, "onnx": 0.08, "onnx-int8": 0.09, "exported": 1.2, "torchscript": 0.7}
     measured = {name: {"accuracy": 0.9, "latency_ms": {"cpu": {"1": {"p50": ms}}}} for name, ms in milliseconds.items()}
     write_bundle(
         folder / "bundle",
         student=source.network,
-        engines={name: folder / product("student", name) for name in EXPORTED},
+        engines={name: folder / product("student", name) for name in engines},
         contract=source.contract,
         golden=Split(source.calibration, torch.arange(64) % 10),
         report={"served": "student", "engines": {"student": measured}},
-        evidence={"seed": seed},
+        evidence={},
     )
     return folder / "bundle"
 

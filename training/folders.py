@@ -186,7 +186,7 @@ def decode(payload: bytes, contract: Contract) -> NDArray[np.uint8]:
         buffer = io.BytesIO()
         picture.save(buffer, "PNG", compress_level=0)
         payload = buffer.getvalue()
-    return codec.raw(codec.decode(payload, contract, PIXELS)[0], contract)[0]
+    return np.asarray(codec.raw(codec.decode(payload, contract, PIXELS)[0], contract)[0])
 
 
 def _mapped(path: Path) -> Tensor:

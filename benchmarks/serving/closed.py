@@ -10,6 +10,7 @@ import resource
 import subprocess
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -30,10 +31,16 @@ def probe_times(seconds: int) -> NDArray[np.float64]:
 
 
 def measure(
-    url: str, port: int, clients: int, seconds: int, arguments: Sequence[object], probes: Sequence[bytes]
-) -> tuple[dict[str, float], Drive]:
-    """wrk's figures, and what became of the probes; `arguments` are those of drive.lua."""
-    command = ["wrk", "-t1", f"-c{clients}", f"-d{seconds}s", f"--timeout={WAIT_S:g}s", "-s", SCRIPT, url, "--"]
+    url: str,
+    port: int,
+    clients: int,
+    seconds: int,
+    arguments: Sequence[object],
+    probes: Sequence[bytes],
+    script: Path = SCRIPT,
+) -> tuple[dict[str, Any], Drive]:
+    """wrk's figures, and what became of the probes; `arguments` are those of the script."""
+    command = ["wrk", "-t1", f"-c{clients}", f"-d{seconds}s", f"--timeout={WAIT_S:g}s", "-s", script, url, "--"]
     before = _cpu_s()
     words = [str(word) for word in (*command, *arguments)]
     with subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as wrk:
@@ -46,7 +53,7 @@ def measure(
             wrk.kill()
     if wrk.returncode:
         raise DistilleryError(f"wrk failed: {' '.join((error or out).split())[:200]}")
-    figures: dict[str, float] = json.loads(out.strip().splitlines()[-1])
+    figures: dict[str, Any] = json.loads(out.strip().splitlines()[-1])
     answered = figures["requests"] - figures["refused"]
     own = {"requests_per_s": answered / figures["seconds"], "client_cpu": (_cpu_s() - before) / seconds}
     return {**figures, **own}, judged

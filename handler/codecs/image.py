@@ -22,7 +22,10 @@ Pixels = NDArray[np.uint8]
 PNG, JPEG = b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff"
 MODES = {1: "L", 3: "RGB"}
 # What Pillow raises for bytes that are not the image they claim to be; anything else is a fault of ours.
-BROKEN = (OSError, SyntaxError, ValueError, EOFError, LookupError, TypeError, struct.error, zlib.error, UserWarning)
+BROKEN = (
+    OSError, SyntaxError, ValueError, EOFError, LookupError, TypeError, AssertionError, UserWarning,
+    struct.error, zlib.error,
+)  # fmt: skip
 
 
 def is_image(payload: bytes) -> bool:

@@ -29,7 +29,7 @@ THREE = replace(ONE, channels=3)
 
 
 def decode(payload: bytes, contract: Contract = ONE) -> Pixels:
-    pixels = image.raw(image.decode(payload, contract, LIMIT)[0], contract)[0]
+    pixels: Pixels = image.raw(image.decode(payload, contract, LIMIT)[0], contract)[0]
     assert pixels.shape == contract.shape and pixels.dtype == np.uint8
     return pixels
 
@@ -150,6 +150,16 @@ def test_a_model_of_two_channels_takes_no_images() -> None:
 def test_a_truncated_image_is_bad(payload: bytes, share: float) -> None:
     with pytest.raises(BadInput) as caught:
         decode(payload[: int(len(payload) * share)])
+    assert caught.value.code == "bad_image"
+
+
+def test_colours_without_a_palette_are_bad() -> None:
+    """Pillow's own assertion fails there."""
+    whole = png(Image.fromarray(GREY).convert("P"))
+    start = whole.index(b"PLTE") - 4
+    (length,) = struct.unpack_from(">I", whole, start)
+    with pytest.raises(BadInput) as caught:
+        decode(whole[:start] + whole[start + 12 + length :])
     assert caught.value.code == "bad_image"
 
 
