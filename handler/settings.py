@@ -56,7 +56,7 @@ class LimitSettings:
 
 @dataclass(frozen=True, kw_only=True)
 class HandlerSettings:
-    """The worker's own settings; `threads` 0 means cores / workers.
+    """The worker's own settings; `threads` 0 means cores / minWorkers, and 1 with batches of 1.
 
     `engine` auto is the one that was measured fastest on the worker's kind of device, among those whose accuracy is
     at most `accuracy_loss` (0..1) below eager's. `fallback` lets eager serve where that engine cannot be loaded.

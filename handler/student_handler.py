@@ -85,7 +85,7 @@ def _service(context: Any) -> Service:
     contract = Contract.read(root / FILES.contract)
     settings = load(HandlerSettings, config.get("handler") or {}, environment(os.environ).get("handler", {}))
     batch = properties.get("batch_size") or 1
-    threads = settings.threads or (1 if batch == 1 else max(1, _cores() // config.get("maxWorkers", 1)))
+    threads = settings.threads or (1 if batch == 1 else max(1, _cores() // config.get("minWorkers", 1)))
     model, why = load_model(root, contract, settings, threads, properties.get("gpu_id"), batch)
     sizes = [2**i for i in range(batch.bit_length())]
     model.warm_up(sizes)

@@ -42,13 +42,14 @@ VERSION = re.compile(r"[0-9]+(\.[0-9]+)*")
 class ServeSettings:
     """The archive's model-config.yaml: delay in milliseconds, timeouts in seconds. The profile is throughput.
 
-    One worker by default, so that a repeated request finds the cache that answered it first; `max_workers` is
-    what the threads of each worker are computed for. `device_type` auto lets TorchServe take a GPU if it sees one;
-    with gpu, `device_ids` are those among which it deals out the workers, in turn; none means all.
+    One worker by default, so that a repeated request finds the cache that answered it first;
+    its threads are all cores'. More than `min_workers` run only where `serving scale` asks for them. `device_type` auto
+    lets TorchServe take a GPU if it sees one; with gpu, `device_ids` are those among which it deals out the workers,
+    in turn; none means all.
     """
 
     min_workers: int = 1
-    max_workers: int = 1
+    max_workers: int = 2
     batch_size: int = 64
     max_batch_delay: int = 1
     response_timeout: int = 30

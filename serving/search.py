@@ -20,7 +20,7 @@ OBJECTIVES: Mapping[str, Callable[[Figures], float]] = {
 
 @dataclass(frozen=True)
 class Candidate:
-    """Settings to try; `threads` 0 means cores / max_workers."""
+    """Settings to try; `threads` 0 means cores / workers."""
 
     batch_size: int
     workers: int

@@ -88,7 +88,7 @@ def _dimensions(archive: Archive, wanted: Mapping[str, list[Any]]) -> dict[str, 
     workers = sorted({*(2**i for i in range(cores.bit_length())), cores})
 
     def threads(best: Candidate) -> list[int]:
-        now = best.threads or max(1, cores // max(best.workers, archive.settings.max_workers))
+        now = best.threads or (1 if best.batch_size == 1 else max(1, cores // best.workers))
         return sorted({1, max(1, cores // best.workers)} - {now})
 
     return {

@@ -275,7 +275,7 @@ def test_the_tables_say_what_was_measured(tmp_path: Path) -> None:
     render.write(result, tmp_path / "found.json")
     text = (tmp_path / "found.md").read_text()
     assert "| mosec, batches to 128 | 40 (10–100) |" in text
-    assert "| Distillery, batches to 128 | 40 (30–200) * |" in text
+    assert "| Distillery, batches to 64 | 40 (30–200) * |" in text
     assert "| mosec, batches to 128 | 2.00 (1.00–3.00) |" in text
     assert "| mosec, batches to 128 | 30 | 0 | 0 | 15 | 0 |" in text
     assert "Flask, our first service is left out: round 1: it did not start" in text

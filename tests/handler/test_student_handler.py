@@ -483,26 +483,33 @@ def test_the_environment_wins_over_the_archive(
 
 
 @pytest.mark.parametrize(
-    ("cores", "config", "expected"),
-    [(8, {"maxWorkers": 2}, 4), (8, {"maxWorkers": 3}, 2), (2, {"maxWorkers": 4}, 1), (8, {}, 8),
-     (8, {"maxWorkers": 2, "handler": {"threads": 3}}, 3)],
+    ("cores", "batch", "config", "expected"),
+    [(8, 2, {"minWorkers": 2, "maxWorkers": 4}, 4), (8, 8, {"minWorkers": 3}, 2), (2, 8, {"minWorkers": 4}, 1),
+     (8, 8, {}, 8), (8, 8, {"minWorkers": 2, "handler": {"threads": 3}}, 3), (8, 1, {}, 1),
+     (8, 1, {"handler": {"threads": 3}}, 3)],
 )  # fmt: skip
 def test_workers_share_the_cores(
-    root: Path, in_copy: Path, monkeypatch: pytest.MonkeyPatch, cores: int, config: dict[str, Any], expected: int
+    root: Path,
+    in_copy: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    cores: int,
+    batch: int,
+    config: dict[str, Any],
+    expected: int,
 ) -> None:
     asked: list[int] = []
 
     def spy(*arguments: Any) -> Any:
-        root, contract, settings, threads, gpu_id, batch = arguments
+        root, contract, settings, threads, *others = arguments
         asked.append(threads)
-        return load_model(root, contract, settings, 1, gpu_id, batch)
+        return load_model(root, contract, settings, 1, *others)
 
     def change(copy: Path) -> None:
         (copy / "model-config.yaml").write_text(yaml.safe_dump(config))
 
     monkeypatch.setattr(student_handler, "_cores", lambda: cores)
     monkeypatch.setattr(student_handler, "load_model", spy)
-    with Worker(altered(root, in_copy, change), in_place=True):
+    with Worker(altered(root, in_copy, change), in_place=True, batch_size=batch):
         assert asked == [expected]
 
 
