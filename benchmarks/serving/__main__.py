@@ -22,7 +22,7 @@ from benchmarks.serving.bench import Bench, Point
 from benchmarks.serving.contestants import CONTESTANTS
 from benchmarks.serving.environments import PEERS
 from benchmarks.serving.stage import Stage
-from benchmarks.serving.traffic import Traffic
+from benchmarks.serving.traffic import REPEATS, Traffic
 from handler.bundle import FILES, atomic, verify
 from handler.contract import Contract
 from handler.engines import ENGINES, Setup
@@ -46,13 +46,13 @@ def options_of(arguments: list[str] | None) -> argparse.Namespace:
     p.add_argument("--peers", type=_names, default=DEFAULT, metavar="A,B", help=f"all, or of {', '.join(CONTESTANTS)}")
     p.add_argument("--reference", default="distillery-throughput", help="whose ratios are shown (default: %(default)s)")
     p.add_argument("--forms", nargs="+", choices=("raw", "png"), default=["raw"])
-    p.add_argument("--traffic", nargs="+", choices=("unique", "zipf"), default=["unique"])
+    p.add_argument("--traffic", nargs="+", choices=("unique", "zipf", *REPEATS), default=["unique"])
     p.add_argument("--exponent", type=float, default=1.0, help="of Zipf's law (default: %(default)s)")
     p.add_argument("--clients", type=int, nargs="+", default=[1, 8, 32, 64, 128])
     p.add_argument("--open", type=float, nargs="*", default=[0.2, 0.5, 0.8], help="shares of the best capacity")
     p.add_argument("--rounds", type=int, default=5)
     p.add_argument("--seconds", type=int, default=3, help="a point (default: %(default)s)")
-    p.add_argument("--warm-up", type=int, default=2, help="seconds, after each start (default: %(default)s)")
+    p.add_argument("--warm-up", type=int, default=10, help="seconds, after each start (default: %(default)s)")
     p.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes of the peers that take a number")
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("--quick", action="store_true", help="one round, one second a point, two points: to see it work")

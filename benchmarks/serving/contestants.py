@@ -6,6 +6,7 @@ from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from benchmarks.serving import environments
 from benchmarks.serving.environments import PEERS
@@ -59,6 +60,10 @@ def _peer(
     return Contestant(title, path, partial(_started, name=name, command=command, batch=batch), wires, name)
 
 
+def _ours(title: str, **how: Any) -> Contestant:
+    return Contestant(title, TORCHSERVE, partial(distillery, **how))
+
+
 def _ceiling(title: str, batch: int, reading: str) -> Contestant:
     return Contestant(title, TORCHSERVE, partial(empty, batch_size=batch, reading=reading), ceiling=True)
 
@@ -68,8 +73,10 @@ MOSEC = "--address 127.0.0.1 --port {port} --log-level warning"
 BENTOML = "-m bentoml serve server:Classifier --host 127.0.0.1 --port {port}"
 
 CONTESTANTS = {
-    "distillery-throughput": Contestant("Distillery, batches to 64", TORCHSERVE, partial(distillery, batch_size=64)),
-    "distillery-latency": Contestant("Distillery, batches of 1", TORCHSERVE, partial(distillery, batch_size=1)),
+    "distillery-throughput": _ours("Distillery, a worker a core", profile="throughput", each_core=True),
+    "distillery-one-worker": _ours("Distillery, as it is packed", profile="throughput"),
+    "distillery-latency": _ours("Distillery, batches of 1", profile="latency"),
+    "distillery-uncached": _ours("Distillery, without its cache", profile="throughput", each_core=True, cache=False),
     "mosec": _peer("mosec, batches to 128", "mosec", "/inference", f"server.py {MOSEC}", batch=128),
     "mosec-latency": _peer("mosec, batches of 1", "mosec", "/inference", f"server.py {MOSEC}"),
     "fastapi": _peer("FastAPI + uvicorn", "fastapi", "/predict", UVICORN),

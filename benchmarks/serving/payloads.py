@@ -31,6 +31,7 @@ LAPS = 3  # of the test images in the pool
 STAMP = 4  # pixels, a hexadecimal digit in each
 SURE = 1e-3  # logits nearer than this to each other are level: PyTorch may see the other one in front
 LEVEL = -1
+HOT = 500  # images that come again and again, in front of all others
 
 
 def png(image: Pixels) -> bytes:
@@ -95,6 +96,17 @@ def zipf(images: int, length: int, exponent: float, seed: int) -> NDArray[np.int
     shares = 1 / np.arange(1, images + 1) ** exponent
     ranks = random.choice(images, size=length, p=shares / shares.sum())
     return random.permutation(images)[ranks]
+
+
+def repeats(images: int, share: float, seed: int) -> NDArray[np.int64]:
+    """Places in the pool: the images in turn, and among them, so that it is `share` of all, one of HOT drawn anew."""
+    random = np.random.default_rng(seed)
+    fresh = np.arange(HOT, images)
+    count = round(len(fresh) / (1 - share)) if share < 1 else images
+    places = random.integers(HOT, size=count)
+    if share < 1:
+        places[np.sort(random.choice(count, size=len(fresh), replace=False))] = fresh
+    return places
 
 
 def write(bodies: list[bytes], path: Path) -> None:

@@ -11,10 +11,11 @@ from benchmarks.serving.environments import PEERS, ROOT
 from benchmarks.serving.processes import Alive, running
 from benchmarks.serving.stage import Stage
 from handler.errors import DistilleryError
-from handler.settings import HandlerSettings
+from handler.settings import CacheSettings, HandlerSettings
 from serving import archive, server
 from serving.archive import ServeSettings
 from serving.instance import beside, read_properties
+from serving.profiles import PROFILES
 
 CONFIG = ROOT / "config.properties"
 HERE = PEERS / "torchserve"
@@ -22,10 +23,13 @@ MODEL = "student"
 
 
 @contextmanager
-def distillery(stage: Stage, *, batch_size: int) -> Iterator[Alive]:
-    """Our archive as it is packed, started as `python -m serving start` does."""
-    store = stage.store / f"distillery-{batch_size}"
-    settings = ServeSettings(batch_size=batch_size, handler=HandlerSettings(engine="onnx"))
+def distillery(stage: Stage, *, profile: str, each_core: bool = False, cache: bool = True) -> Iterator[Alive]:
+    """Our archive in one of its profiles, started as `python -m serving start` does; one worker, or one a core."""
+    workers = stage.workers if each_core else 1
+    store = stage.store / f"distillery-{profile}-{workers}-{cache}"
+    own = HandlerSettings(engine="onnx", cache=CacheSettings(enabled=cache))
+    asked = {**PROFILES[profile], "min_workers": workers, "max_workers": workers}
+    settings = ServeSettings(**asked, handler=own)
     path = store / f"{MODEL}.mar"
     if not path.is_file():
         archive.pack(stage.bundle, store, name=MODEL, settings=settings)

@@ -16,12 +16,13 @@ from serving import driver
 from serving.driver import Drive
 
 Places = NDArray[np.int64]
+REPEATS = {"half": 0.5, "seventy": 0.7, "hits": 1.0}  # of so many requests the answer is known
 TRACE = 50_000  # requests, after which the repeats begin again
 
 
 @dataclass(frozen=True)
 class Traffic:
-    """The pool in every form; `folder` keeps what wrk reads. Repeats are of the pool's first lap."""
+    """The pool in every form; `folder` keeps what wrk reads. Zipf's repeats are of its first lap."""
 
     pool: Pool
     folder: Path
@@ -34,6 +35,7 @@ class Traffic:
         return {
             "unique": np.arange(len(self.pool.images)),
             "zipf": payloads.zipf(len(self.pool.images) // payloads.LAPS, TRACE, self.exponent, self.seed),
+            **{name: payloads.repeats(len(self.pool.images), share, self.seed) for name, share in REPEATS.items()},
         }
 
     def places(self, kind: str, begin: int, count: int) -> Places:

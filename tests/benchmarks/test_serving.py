@@ -170,6 +170,15 @@ def test_answers_are_judged_by_the_class_they_tell(traffic: Traffic) -> None:
 
 
 @pytest.mark.skipif(not shutil.which("wrk"), reason="wrk is not installed")
+@pytest.mark.parametrize("share", [0.5, 0.7, 1.0])
+def test_so_many_requests_are_repeats_and_the_others_come_once_a_lap(share: float) -> None:
+    trace = payloads.repeats(4000, share, seed=1)
+    known = trace < payloads.HOT
+    assert known.mean() == pytest.approx(share, abs=1e-3) and len(np.unique(trace[known])) == payloads.HOT
+    fresh = trace[~known].tolist()
+    assert fresh == (list(range(payloads.HOT, 4000)) if share < 1 else [])
+
+
 @pytest.mark.parametrize("kind", ["unique", "zipf"])
 def test_wrk_sends_the_pool_in_the_order_given(traffic: Traffic, kind: str) -> None:
     seen: list[bytes] = []
@@ -275,7 +284,7 @@ def test_the_tables_say_what_was_measured(tmp_path: Path) -> None:
     render.write(result, tmp_path / "found.json")
     text = (tmp_path / "found.md").read_text()
     assert "| mosec, batches to 128 | 40 (10–100) |" in text
-    assert "| Distillery, batches to 64 | 40 (30–200) * |" in text
+    assert "| Distillery, a worker a core | 40 (30–200) * |" in text
     assert "| mosec, batches to 128 | 2.00 (1.00–3.00) |" in text
     assert "| mosec, batches to 128 | 30 | 0 | 0 | 15 | 0 |" in text
     assert "Flask, our first service is left out: round 1: it did not start" in text
