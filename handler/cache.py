@@ -4,6 +4,7 @@ look_up ─► misses ─► claim ─┬─ ours ──────► compute 
                             └─ others' ───► wait, after that ─► compute what did not come
 """
 
+import functools
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -51,9 +52,13 @@ class CacheManager:
     ) -> None:
         self.store, self.shared, self.wait_s = store, shared, wait_s
         self.hits = self.shared_hits = self.misses = self.bypassed = self.deduplicated = 0
-        self._scope = blake2b(digest_size=16)
-        for part in scope:
-            self._scope.update(_framed(part.encode()))
+        parts = [*scope]
+
+        @functools.lru_cache(64)  # of kinds that clients may invent, with options
+        def before(kind: str) -> blake2b:
+            return blake2b(b"".join(_framed(part.encode()) for part in (*parts, kind)), digest_size=16)
+
+        self._before = before
 
     @classmethod
     def from_settings(cls, settings: CacheSettings, scope: Iterable[str]) -> "CacheManager":
@@ -67,10 +72,8 @@ class CacheManager:
         return cls(store, scope, shared, settings.wait_s)
 
     def key(self, kind: str, payload: bytes) -> bytes:
-        """16 bytes of BLAKE2b over scope, kind and body, each behind its length: no two sequences look the same."""
-        state = self._scope.copy()
-        state.update(_framed(kind.encode()))
-        state.update(len(payload).to_bytes(8))
+        """16 bytes of BLAKE2b over scope and kind, each behind its length, and body: no two sequences look the same."""
+        state = self._before(kind).copy()
         state.update(payload)
         return state.digest()
 

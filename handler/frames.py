@@ -102,9 +102,9 @@ def request(data: bytes, at: int, likely: bytes) -> tuple[Message | None, int]:
     if length < 0:
         return None, at + 4
     request_id = data[at + 4 : at + 4 + length].decode()
-    start = at = at + 4 + length
-    at = at + len(likely) if data.startswith(likely, at) else _behind_headers(data, at)
-    headers, parts = data[start:at], []
+    at += 4 + length
+    headers = likely if data.startswith(likely, at) else data[at : _behind_headers(data, at)]
+    at, parts = at + len(headers), []
     while (length := _unpack(data, at)[0]) >= 0:
         name, at = data[at + 4 : at + 4 + length], at + 4 + length
         (length,) = _unpack(data, at)

@@ -150,6 +150,8 @@ def _type_of_part(headers: Mapping[str, Any], name: str) -> str:
 
 def _part(parts: Parts) -> tuple[str, Any]:
     """Type and value of the part that holds the image; of several with one name it is the last."""
+    if len(parts) == 1 and parts[0][0] == "body":  # nearly all
+        return parts[0][1:]
     found = {name: (kind, value) for name, kind, value in parts}
     if found.keys() and found.keys().isdisjoint({"data", "body"}):
         raise BadInput("empty_body", f"expected a part named 'data', got {sorted(map(str, found))[:3]}")

@@ -15,7 +15,7 @@ from benchmarks.serving.contestants import Contestant
 from benchmarks.serving.payloads import WIRES
 from benchmarks.serving.processes import await_ready
 from benchmarks.serving.stage import Stage
-from benchmarks.serving.traffic import Traffic
+from benchmarks.serving.traffic import REPEATS, Traffic
 from handler.errors import DistilleryError
 from serving import driver
 from serving.instance import free_port
@@ -53,8 +53,9 @@ class Bench:
         with self.serving(contestant) as port:
             for form in dict.fromkeys(point.form for point in asked):
                 self._verify(port, contestant, form, number)
-            for form in dict.fromkeys(point.form for point in asked if self.warm_up):
-                self._closed(port, contestant, Point(form, "unique", AT_ONCE), number, self.warm_up)
+            for form, traffic in dict.fromkeys((point.form, point.traffic) for point in asked if self.warm_up):
+                known = "hits" if traffic in REPEATS else traffic
+                self._closed(port, contestant, Point(form, known, AT_ONCE), number, self.warm_up)
             return [asdict(point) | self.measure(port, contestant, point, number) for point in asked]
 
     @contextmanager

@@ -17,7 +17,10 @@ from matplotlib.ticker import LogLocator, NullLocator
 from handler.bundle import atomic
 
 TABLES = {"same-runtime": "the same ONNX file for all", "as-documented": "PyTorch, as each peer's documentation has it"}
-TRAFFIC = {"unique": "no image twice", "zipf": "repeats by Zipf's law"}
+TRAFFIC = {
+    "unique": "no image twice", "zipf": "repeats by Zipf's law", "half": "50 % known", "seventy": "70 % known",
+    "hits": "all known",
+}  # fmt: skip
 OURS, CEILING = "#0b6fa4", "#999999"
 PEERS = ("#d1702a", "#4c9a52", "#8d5aa5", "#b8a03a", "#c44e6a", "#5b6abf", "#7a6a5a", "#3aa6a0", "#444444", "#a0522d")
 Point = Mapping[str, Any]
