@@ -209,3 +209,13 @@ def test_every_metric_is_declared_and_described() -> None:
         assert f"| `{name}{'{' + metric.label + '}' if metric.label else ''}` |" in Path("docs/metrics.md").read_text()
     assert found == expected
     assert [row["name"] for row in declared["gauge"]] == [name for name, metric in METRICS.items() if metric.gauge]
+
+
+def test_the_figures_under_load_in_the_readme_are_those_measured() -> None:
+    stated = README.split("## Under load")[1].split("## ")[0]
+    found = json.loads(Path("benchmarks/results/serving/same_runtime.json").read_text())
+    assert found["settings"]["rounds"] >= 5 and not any(point["wrong"] for point in found["points"])
+    for one in found["ratios"]:
+        assert f"{one['ratio']['median']:.2f} ×" in stated, one
+    soak = json.loads(Path("benchmarks/results/endurance/soak.json").read_text())
+    assert f"{soak['requests']:,}" in stated and not soak["broken"]
