@@ -102,6 +102,7 @@ def repeats(images: int, share: float, seed: int) -> NDArray[np.int64]:
     """Places in the pool: the images in turn, and among them, so that it is `share` of all, one of HOT drawn anew."""
     random = np.random.default_rng(seed)
     fresh = np.arange(HOT, images)
+    fresh = np.roll(fresh, -int(share * len(fresh)))  # where no other traffic has just been
     count = round(len(fresh) / (1 - share)) if share < 1 else images
     places = random.integers(HOT, size=count)
     if share < 1:
