@@ -146,10 +146,7 @@ def _order(distinct: int, bad: int, bad_share: float, seed: int) -> NDArray[np.i
 def _images(bundle: Path, count: int) -> Pixels:
     with np.load(bundle / FILES.golden) as file:
         golden = file["images"]
-    images = np.tile(golden, (-(-count // len(golden)), 1, 1, 1))[:count]
-    for place in range(payloads.STAMP):
-        images[:, -1, -1 - place, 0] = np.arange(count) >> 4 * place & 15
-    return images
+    return payloads.numbered(np.tile(golden, (-(-count // len(golden)), 1, 1, 1))[:count])
 
 
 def _expected(bundle: Path, contract: Contract, good: list[Body]) -> NDArray[np.float64]:

@@ -8,12 +8,11 @@ from pathlib import Path
 
 import psutil
 
-from benchmarks.serving.stage import Stage
 from benchmarks.serving.torchserve import CONFIG, MODEL
 from handler.settings import CacheSettings, HandlerSettings
 from serving import archive, server
 from serving.archive import ServeSettings
-from serving.instance import Instance, free_port, read_properties
+from serving.instance import Instance, beside, free_port
 from tests.handler.redis_server import RedisServer
 
 WORKERS = 2
@@ -53,8 +52,7 @@ def serving(bundle: Path) -> Iterator[Site]:
         own = HandlerSettings(engine="onnx", cache=CacheSettings(redis_url=redis.url))
         settings = ServeSettings(min_workers=WORKERS, max_workers=WORKERS, handler=own)
         packed = archive.pack(bundle, folder / "store", name=MODEL, settings=settings)
-        stage = Stage(bundle, "onnx", free_port(), folder, folder, folder, WORKERS)
-        instance = Instance(folder, folder, {**read_properties(CONFIG), **stage.addresses()})
+        instance = beside(CONFIG, free_port(), folder)
         server.start(instance, packed.path, config=CONFIG, tokens=False)
         try:
             yield Site(instance, redis)

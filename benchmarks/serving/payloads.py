@@ -70,11 +70,15 @@ class Pool:
 
 def stamped(images: Pixels) -> Pixels:
     """`images` `[N, H, W, C]` LAPS times over, each copy with its number in the last pixels of its first channel."""
-    pool = np.tile(images, (LAPS, 1, 1, 1))
-    numbers = np.arange(len(pool))
+    return numbered(np.tile(images, (LAPS, 1, 1, 1)))
+
+
+def numbered(images: Pixels) -> Pixels:
+    """`images` `[N, H, W, C]`, in place, each with its number in the last pixels of its first channel."""
+    numbers = np.arange(len(images))
     for place in range(STAMP):
-        pool[:, -1, -1 - place, 0] = numbers >> 4 * place & 15
-    return pool
+        images[:, -1, -1 - place, 0] = numbers >> 4 * place & 15
+    return images
 
 
 def load(bundle: Path, limit: int = 0) -> Pool:
