@@ -131,9 +131,13 @@ def locate(config: Path, port: int | None = None) -> Instance:
 
 def beside(config: Path, port: int, home: Path) -> Instance:
     """An instance with five ports from `port` on, that keeps all that is its own in `home`."""
+    return Instance(home, home, {**read_properties(config), **addresses(port)})
+
+
+def addresses(port: int) -> dict[str, str]:
+    """TorchServe's settings for five ports from `port` on."""
     own = {key: f"http://127.0.0.1:{port + i}" for i, key in enumerate(ADDRESSES)}
-    own |= {key: str(port + len(ADDRESSES) + i) for i, key in enumerate(GRPC)}
-    return Instance(home, home, {**read_properties(config), **own})
+    return own | {key: str(port + len(ADDRESSES) + i) for i, key in enumerate(GRPC)}
 
 
 def read_properties(path: Path) -> dict[str, str]:

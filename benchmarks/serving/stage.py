@@ -5,7 +5,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from benchmarks.serving.environments import PEERS, ROOT
-from serving.instance import ADDRESSES, GRPC
 
 
 @dataclass(frozen=True)
@@ -33,8 +32,3 @@ class Stage:
             "PYTHONPATH": os.pathsep.join([str(PEERS), str(ROOT)]),
         }  # fmt: skip
         return {**os.environ, **own, **more}
-
-    def addresses(self) -> dict[str, str]:
-        """TorchServe's five ports."""
-        own = {key: f"http://127.0.0.1:{self.port + i}" for i, key in enumerate(ADDRESSES)}
-        return own | {key: str(self.port + len(ADDRESSES) + i) for i, key in enumerate(GRPC)}

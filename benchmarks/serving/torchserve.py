@@ -14,7 +14,7 @@ from handler.errors import DistilleryError
 from handler.settings import CacheSettings, HandlerSettings
 from serving import archive, server
 from serving.archive import ServeSettings
-from serving.instance import beside, read_properties
+from serving.instance import addresses, beside, read_properties
 from serving.profiles import PROFILES
 
 CONFIG = ROOT / "config.properties"
@@ -64,7 +64,7 @@ def _torchserve(
     path = _archived(stage, handler, model)
     home = {"LOG_LOCATION": stage.folder / "logs", "METRICS_LOCATION": stage.folder / "logs", "TEMP": stage.folder}
     config = stage.folder / "config.properties"
-    config.write_text("".join(f"{key}={value}\n" for key, value in {**properties, **stage.addresses()}.items()))
+    config.write_text("".join(f"{key}={value}\n" for key, value in {**properties, **addresses(stage.port)}.items()))
     command = [sys.executable, "-P", "-m", "ts.model_server", "--start", "--foreground", "--ncs"]
     command += ["--model-store", str(path.parent), "--models", f"{MODEL}={path.name}", "--disable-token-auth"]
     command += ["--ts-config", str(config), *(["--log-config", str(ROOT / "log4j2.xml")] if properties else [])]

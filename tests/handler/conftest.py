@@ -2,12 +2,13 @@
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 import handler
-from handler import student_handler
+from handler import codecs, student_handler
 from handler.contract import Contract
 from handler.settings import LimitSettings
 from serving import archive as archives
@@ -59,6 +60,19 @@ def golden(root: Path) -> Golden:
 def images(golden: Golden) -> Pixels:
     """Eight test images uint8 `[8, 28, 28]`, each answered differently."""
     return np.asarray(golden["images"][:8, :, :, 0])
+
+
+@pytest.fixture
+def faulty(images: Pixels, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A decoder of ours that fails at the second image."""
+    decode = codecs.decode
+
+    def broken(kind: codecs.Kind, payload: bytes, *rest: Any) -> codecs.Item:
+        if payload == images[1].tobytes():
+            raise RuntimeError("told so")
+        return decode(kind, payload, *rest)
+
+    monkeypatch.setattr(codecs, "decode", broken)
 
 
 @pytest.fixture

@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import handler
-from handler import codecs, student_handler
+from handler import student_handler
 from handler.bundle import FILES
 from handler.contract import Contract, probabilities
 from handler.engines import network_of
@@ -366,17 +366,10 @@ def test_a_fault_while_explaining_is_its_own(
     assert "request id-1 failed" in caplog.text
 
 
-def test_no_log_line_quotes_a_request(worker: Worker, images: Pixels, monkeypatch: Any, caplog: Any) -> None:
+@pytest.mark.usefixtures("faulty")
+def test_no_log_line_quotes_a_request(worker: Worker, images: Pixels, caplog: Any) -> None:
     """Nor its headers, whatever becomes of it."""
     caplog.set_level(logging.DEBUG)
-    decode = codecs.decode
-
-    def broken(kind: codecs.Kind, payload: bytes, *rest: Any) -> codecs.Item:
-        if payload == images[1].tobytes():
-            raise RuntimeError("told so")
-        return decode(kind, payload, *rest)
-
-    monkeypatch.setattr(codecs, "decode", broken)
     secret = {"Authorization": "Bearer S3CRET", "X-S3CRET": "S3CRET"}
     sent = [post(b"S3CRET"), post(b'{"S3CRET": S3CRET', JSON), multipart(S3CRET=("", b"S3CRET"))]
     sent += [by(PREDICT, post(images[i].tobytes(), RAW), X_Options={"S3CRET": 1}) for i in (0, 1)]

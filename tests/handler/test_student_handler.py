@@ -16,7 +16,7 @@ import torch
 import yaml
 from PIL import Image
 
-from handler import codecs, student_handler
+from handler import student_handler
 from handler.bundle import FILES, seal
 from handler.contract import probabilities
 from handler.errors import BundleError, SettingsError
@@ -251,17 +251,10 @@ def test_the_archive_runs_on_its_own_code(root: Path, images: Pixels, golden: Go
     assert module is None  # and ours are back
 
 
+@pytest.mark.usefixtures("faulty")
 def test_a_fault_of_ours_is_500_for_its_request_only(
-    worker: Worker, images: Pixels, golden: Golden, monkeypatch: pytest.MonkeyPatch, caplog: Any
+    worker: Worker, images: Pixels, golden: Golden, caplog: Any
 ) -> None:
-    decode = codecs.decode
-
-    def broken(kind: codecs.Kind, payload: bytes, *rest: Any) -> codecs.Item:
-        if payload == images[1].tobytes():
-            raise RuntimeError("told so")
-        return decode(kind, payload, *rest)
-
-    monkeypatch.setattr(codecs, "decode", broken)
     replies = worker.ask(*[post(image.tobytes(), RAW) for image in images[:3]])
     assert [reply.status for reply in replies] == [200, 500, 200]
     assert replies[1].error == (500, "internal")
