@@ -51,9 +51,10 @@ class TrainSettings:
     `std` per channel are of pixels scaled to 0..1 (empty: the training data's); weights of ours bring their own.
     `learning_rate` is the peak: it rises during the first `warmup` part (0..1) of training, then falls along half
     a cosine; `warmup` 0 is a plain cosine, more is one cycle. `precision` below float32 means autocast: it pays
-    on large networks. `accumulate` splits a batch into that many passes. 0 turns off `clip` (norm of the
-    gradient), `ema` (decay of the average that is kept), `label_smoothing`, `mixup` and `cutmix` (α of their Beta
-    distribution) and `erasing` (share of images). `seed` none takes the experiment's.
+    on large networks, and bfloat16 on a CPU without instructions for it is float32. `accumulate` splits a batch into
+    that many passes. 0 turns off `clip` (norm of the gradient), `ema` (decay of the average that is kept),
+    `label_smoothing`, `mixup` and `cutmix` (α of their Beta distribution) and `erasing` (share of images). `seed`
+    none takes the experiment's.
     """
 
     network: str

@@ -29,7 +29,7 @@ from training.criterion import Criterion
 from training.data import Split
 from training.evaluate import logits_of
 from training.features import Output, forward
-from training.processes import Processes
+from training.processes import Processes, arithmetic
 from training.progress import bar
 from training.schedule import one_cycle
 from training.teacher import Teacher
@@ -167,7 +167,7 @@ class Trainer:
         teacher = None if job.teacher is None else job.teacher(batch.images, batch.index, batch.view)
         last = number == passes - 1
         with contextlib.nullcontext() if last or self.model is self.learner else self.model.no_sync():  # type: ignore[operator]
-            terms = self.model(batch, teacher, progress, getattr(torch, job.settings.precision))
+            terms = self.model(batch, teacher, progress, arithmetic(job.settings.precision, job.device))
             self.scaler.scale(terms["loss"] / passes).backward()
         for name, term in terms.items():
             self.sums[name] = self.sums.get(name, torch.zeros((), device=job.device)) + term.detach() / passes

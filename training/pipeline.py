@@ -22,7 +22,7 @@ from training.batches import Batches
 from training.config import Experiment, TrainSettings
 from training.export import FORMATS, Source, product
 from training.loop import Job, Trainer
-from training.processes import Processes
+from training.processes import Processes, arithmetic
 from training.roles import SHARES, SYNTHETIC, Roles
 from training.stages import Runner, Stage
 from training.synthesize import synthesize
@@ -201,7 +201,7 @@ class DistillationPipeline:
             self.experiment.seed,
             self.device,
             views=roles.views,
-            precision=getattr(torch, roles.settings("teacher").precision),
+            precision=arithmetic(roles.settings("teacher").precision, self.device),
         )
         with atomic(self.folder / SYNTHETIC) as path, path.open("wb") as stream:
             torch.save({"images": made.images.cpu(), "labels": made.labels.cpu()}, stream)

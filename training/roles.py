@@ -22,7 +22,7 @@ from training.data import Dataset, Split
 from training.evaluate import logits_of, macs
 from training.features import forward
 from training.objectives import find
-from training.processes import Processes
+from training.processes import Processes, arithmetic
 from training.teacher import LiveTeacher, Mixture, PerSample, Teacher, learned_shares
 from training.views import Views
 
@@ -207,7 +207,7 @@ class Roles:
     def _live(self, names: list[str], layers: Iterable[str] = ()) -> LiveTeacher:
         network = self.load("teacher") if len(names) > 1 else self._load_one(names[0])
         network.to(self.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-        return LiveTeacher(network, getattr(torch, self.settings(names[0]).precision), layers)
+        return LiveTeacher(network, arithmetic(self.settings(names[0]).precision, self.device), layers)
 
     def _asked(self, names: list[str], role: str, split: Split) -> Teacher:
         """The network of `names` (several: their mixture), or its bank over the images of `split`."""

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from handler.errors import DistilleryError
-from training.processes import Processes, together
+from training.processes import Processes, arithmetic, together
 
 
 def test_alone_one_is_first_and_its_mean_is_its_own() -> None:
@@ -19,6 +19,26 @@ def test_alone_one_is_first_and_its_mean_is_its_own() -> None:
         assert device == torch.device("cpu")
         assert processes.mean(torch.tensor([1.0, 3.0])).tolist() == [1.0, 3.0]
         processes.wait()
+
+
+@pytest.mark.parametrize(
+    ("capabilities", "expected"),
+    [
+        ({"avx2": True, "avx512_bf16": False, "amx_bf16": False}, torch.float32),
+        ({"avx2": True, "avx512_bf16": True, "amx_bf16": False}, torch.bfloat16),
+    ],
+    ids=["imitated", "real"],
+)
+def test_bfloat16_is_for_processors_that_have_it(
+    capabilities: dict[str, bool], expected: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A quickstart of minutes took three quarters of an hour on one that has it not."""
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities, raising=False)
+    arithmetic.cache_clear()
+    assert arithmetic("bfloat16", torch.device("cpu")) == expected
+    assert arithmetic("bfloat16", torch.device("cuda", 0)) == torch.bfloat16
+    assert arithmetic("float32", torch.device("cpu")) == torch.float32
+    arithmetic.cache_clear()
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is one here")
