@@ -17,13 +17,12 @@ from dataclasses import dataclass
 from http import HTTPStatus
 from typing import Any
 
-from handler.messages import Answer, Headers
+from handler.messages import HEADERS, Answer, Outcome
 
 log = logging.getLogger(__name__)
 PROVED = "0.12.0"
 CHUNK = 1 << 18  # bytes that one read asks for: more than a Unix socket holds
-_INT = struct.Struct("!i")
-_pack, _unpack = _INT.pack, _INT.unpack_from
+_pack, _unpack = struct.Struct("!i").pack, struct.Struct("!i").unpack_from
 END = _pack(-1)
 
 
@@ -46,12 +45,13 @@ class Incomplete(Exception):
 class Reader:
     """What the front end sends, read in large pieces; `message` takes the place of upstream's `retrieve_msg`."""
 
-    def __init__(self, upstream: Callable[[Any], tuple[bytes, Any]]) -> None:
-        self.upstream = upstream
+    def __init__(self, upstream: Callable[[Any], tuple[bytes, Any]], settle: Callable[[], None] = lambda: None) -> None:
+        self.upstream, self.settle = upstream, settle
         self.data, self.at, self.headers = b"", 0, END
 
     def message(self, connection: Any) -> tuple[bytes, Any]:
         """The next command and what belongs to it; ends the process, as upstream does, when the front end is gone."""
+        self.settle()  # the answers to the last batch are sent
         self.connection = connection
         if (command := self.recv(1)) == b"I":
             return command, self._batch()
@@ -141,18 +141,18 @@ def response(batch: Sequence[Message], answers: Sequence[Answer]) -> bytes:
     pieces = [_SUCCESS]
     for message, answer in zip(batch, answers, strict=True):
         request_id = message.request_id.encode()
-        head = _head(answer.status, answer.headers)
+        head = _head(answer.status, answer.outcome)
         pieces += (_pack(len(request_id)), request_id, head, _pack(len(answer.body)), answer.body)
     pieces.append(END)
     return b"".join(pieces)
 
 
 @functools.lru_cache(64)
-def _head(status: int, headers: Headers) -> bytes:
+def _head(status: int, outcome: Outcome) -> bytes:
     """What stands between the id and the body."""
-    pairs = b"".join(_text(name) + _text(value) for name, value in headers)
-    kind, phrase = dict(headers)["content-type"], HTTPStatus(status).phrase
-    return _text(kind) + _pack(status) + _text(phrase) + _pack(len(headers)) + pairs
+    headers, phrase = dict(HEADERS[outcome]), HTTPStatus(status).phrase
+    pairs = b"".join(_text(name) + _text(value) for name, value in headers.items())
+    return _text(headers["content-type"]) + _pack(status) + _text(phrase) + _pack(len(headers)) + pairs
 
 
 def _text(text: str) -> bytes:
@@ -160,10 +160,10 @@ def _text(text: str) -> bytes:
     return _pack(len(value)) + value
 
 
-def install(answer: Callable[[list[Message]], list[Answer]]) -> None:
-    """Take upstream's place in the worker that this process is; not where there is none, or another version.
+def install(answer: Callable[[list[Message]], list[Answer]], settle: Callable[[], None] = lambda: None) -> None:
+    """Take upstream's place in the worker that this process is, if it is one and of the version that was proved.
 
-    `answer` says what each message of a batch gets.
+    `answer` says what each message of a batch gets; `settle` is called when that is sent.
     """
     modules: dict[str, Any] = sys.modules  # of TorchServe, which is not ours to import
     worker = modules["__main__"]
@@ -172,7 +172,7 @@ def install(answer: Callable[[list[Message]], list[Answer]]) -> None:
     if (version := modules["ts"].__version__) != PROVED:
         log.warning("TorchServe %s: its own protocol code is used, for ours was proved against %s", version, PROVED)
         return
-    worker.retrieve_msg = Reader(worker.retrieve_msg).message
+    worker.retrieve_msg = Reader(worker.retrieve_msg, settle).message
     modules["ts.service"].Service.predict = lambda _, batch: response(batch, answer(batch))
     log.info("TorchServe %s: its frames are read and written in one pass", version)
 

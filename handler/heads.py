@@ -1,5 +1,6 @@
 """Logits → what is said of them: the probabilities and classes of one forward, and what options add to a head."""
 
+import math
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -18,12 +19,18 @@ class Scores:
     """What one forward says of its images, a row each; `sound` where the logits are finite."""
 
     def __init__(self, logits: NDArray[np.float32]) -> None:
-        finite: NDArray[np.bool_] = np.asarray(np.isfinite(logits).all(axis=1))
-        scores = probabilities(logits if finite.all() else np.where(finite[:, np.newaxis], logits, 0))
-        ids = scores.argmax(axis=1)
-        self.logits, self.scores, self.sound = logits, scores, finite.tolist()
-        self.rows, self.ids = scores.round(answer.DIGITS).tolist(), ids.tolist()
-        self.classes, self.sure = ids[finite].tolist(), scores.max(axis=1)[finite].tolist()
+        self.logits, self.sound = logits, [True] * len(logits)
+        if not math.isfinite(logits.sum(dtype=np.float64)):  # which one that is not makes so, and no other does
+            finite: NDArray[np.bool_] = np.asarray(np.isfinite(logits).all(axis=1))
+            self.sound, logits = finite.tolist(), np.where(finite[:, np.newaxis], logits, 0)
+        self.scores = probabilities(logits)
+        self.rows: list[list[float]] = self.scores.round(answer.DIGITS).tolist()
+        self.ids: list[int] = self.scores.argmax(axis=1).tolist()
+
+    @property
+    def told(self) -> list[tuple[int, float]]:
+        """The class of each sound image, and its probability."""
+        return [(k, row[k]) for row, k, sound in zip(self.rows, self.ids, self.sound, strict=True) if sound]
 
 
 def shaped(

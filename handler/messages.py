@@ -1,5 +1,6 @@
 """What the core is asked and what it answers, whatever server stands around it."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -9,6 +10,13 @@ from handler.options import Options
 Outcome = Literal["HIT", "MISS", "BYPASS", "ERROR"]
 Headers = tuple[tuple[str, str], ...]
 TYPE = "content-type", "application/json"
+HEADERS: Mapping[Outcome, Headers] = {
+    "HIT": (TYPE, ("X-Cache", "HIT")),
+    "MISS": (TYPE, ("X-Cache", "MISS")),
+    "BYPASS": (TYPE, ("X-Cache", "BYPASS")),
+    "ERROR": (TYPE,),
+}
+"""Names and values that go with each answer, by what became of its request."""
 
 
 @dataclass(slots=True)
@@ -40,4 +48,4 @@ class Answer:
     @property
     def headers(self) -> Headers:
         """Names and values."""
-        return (TYPE,) if self.outcome == "ERROR" else (TYPE, ("X-Cache", self.outcome))
+        return HEADERS[self.outcome]

@@ -32,10 +32,10 @@ def session(path: Path, provider: str, device: str, threads: int) -> Callable[[N
         graph = onnxruntime.InferenceSession(model, options, providers=[(provider, where)], enable_fallback=0)
     except Exception as error:  # ONNX Runtime has no common class of its errors
         raise BundleError(f"{path}: ONNX Runtime cannot load it: {line(error)}") from error
-    name = graph.get_inputs()[0].name
+    name, outputs = graph.get_inputs()[0].name, [graph.get_outputs()[0].name]
 
     def forward(images: NDArray[np.uint8]) -> NDArray[np.float32]:
-        logits: NDArray[np.float32] = graph.run(None, {name: images})[0]
+        logits: NDArray[np.float32] = graph.run(outputs, {name: images})[0]
         return logits
 
     return forward

@@ -7,41 +7,25 @@ kind, key ─► look up ─┬─ hits ─────────────�
 
 import functools
 import logging
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Optional
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING
 
 from handler import codecs
 from handler.cache import CacheManager
 from handler.codecs import answer
-from handler.errors import Internal, ServeError
+from handler.errors import Internal
 from handler.heads import Scores, shaped
 from handler.messages import Answer, Outcome, Request
 from handler.metrics import Metrics
 from handler.options import Options
 from handler.settings import LimitSettings
+from handler.work import Work, each
 
 if TYPE_CHECKING:  # these load torch
     from handler.inside import Inside
     from handler.model import ModelInterface
 
 log = logging.getLogger(__name__)
-
-
-@dataclass(slots=True, eq=False)
-class _Work:
-    """A request on its way. An error or a head ends it; an equal one that came first, its `twin`, may do so for it."""
-
-    request: Request
-    error: ServeError | None
-    kind: codecs.Kind = "raw"
-    key: bytes = b""
-    item: codecs.Item | None = None
-    head: bytes | None = None
-    outcome: Outcome = "MISS"
-    twin: Optional["_Work"] = None
-    fresh: bool = False  # it, or an equal one, must come from the model
-    storable: bool = False
 
 
 class Service:
@@ -60,31 +44,51 @@ class Service:
         self.model, self.cache, self.limits, self.metrics = model, cache, limits, metrics
         self.inside, self.description = inside, description
         self.contract = model.contract
+        self.later: list[Callable[[], object]] = []
         fresh, kept = answer.tail("model", identity), answer.tail("cache", identity)
         self.tails: dict[Outcome, bytes] = {"HIT": kept, "MISS": fresh, "BYPASS": fresh}
 
     def answer(self, requests: Sequence[Request]) -> list[Answer]:
         """One answer a request, in order. Never raises: what fails unexpectedly is logged and answered with 500."""
-        with self.metrics.batch(len(requests)):
-            batch = [_Work(request, request.error) for request in requests]
+        answers = self.respond(requests)
+        self.settle()
+        return answers
+
+    def respond(self, requests: Sequence[Request]) -> list[Answer]:
+        """As `answer`, but what no answer waits for is left to `settle`."""
+        self.settle()
+        with self.metrics.timed("batch"):
+            batch = [Work(request, request.error) for request in requests]
             try:
-                _each(self._identify, (work for work in batch if work.error is None and not work.request.describe))
+                each(self._identify, (work for work in batch if work.error is None and not work.request.describe))
                 known = [work for work in batch if work.key]
                 with self.metrics.timed("lookup"):
                     self._look_up(known)
-                self._compute([work for work in known if work.head is None])
+                if missed := [work for work in known if work.head is None]:
+                    self._compute(missed)
             except Exception:
                 log.exception("a batch failed; requests %s", ", ".join(request.request_id for request in requests))
             with self.metrics.timed("encode"):
-                return [self._close(work) for work in batch]
+                answers = [self._close(work) for work in batch]
+        self.later.append(lambda: self.metrics.batch(len(requests)))
+        return answers
 
-    def _identify(self, work: _Work) -> None:
+    def settle(self) -> None:
+        """Store and count, when the answers are sent and the next requests are on their way. Never raises."""
+        later, self.later = self.later, []
+        for step in later:
+            try:
+                step()
+            except Exception:
+                log.exception("an answer is not stored, or not counted")
+
+    def _identify(self, work: Work) -> None:
         request = work.request
         work.kind = codecs.kind_of(request.payload, request.content_type, self.contract)
         asked = f"{work.kind} {request.options}" if request.options else work.kind
         work.key = self.cache.key(asked, request.payload)
 
-    def _look_up(self, batch: list[_Work]) -> None:
+    def _look_up(self, batch: list[Work]) -> None:
         asking = [work for work in batch if work.request.look_up]
         if len(asking) < len(batch):
             self.cache.bypassed += len(batch) - len(asking)
@@ -94,9 +98,9 @@ class Service:
             if head is not None:
                 work.head, work.outcome = head, "HIT"
 
-    def _compute(self, missed: list[_Work]) -> None:
+    def _compute(self, missed: list[Work]) -> None:
         """Heads for what the cache lacks: computed here, or by the worker that was first to be asked the same."""
-        leads: dict[bytes, _Work] = {}
+        leads: dict[bytes, Work] = {}
         for work in missed:
             lead = leads.setdefault(work.key, work)
             work.twin = None if lead is work else lead
@@ -107,28 +111,28 @@ class Service:
         others = [key for key, lead in leads.items() if not lead.fresh and key not in ours]
         self._run([lead for key, lead in leads.items() if lead.fresh or key in ours], ours)
         if others:
+            self.settle()  # somebody may wait for ours
             came = self.cache.wait(others)
             for work in missed:
                 if work.key in came:
                     work.head, work.outcome = came[work.key], "HIT"
             self._run([leads[key] for key in others if key not in came], set())
 
-    def _run(self, leads: list[_Work], claimed: set[bytes]) -> None:
+    def _run(self, leads: list[Work], claimed: set[bytes]) -> None:
         """Decode, forward, encode, store; a claim on what got no answer is given up."""
         with self.metrics.timed("decode"):
-            _each(self._decode, leads)
+            each(self._decode, leads)
         try:
             self._forward([(work, work.item) for work in leads if work.item is not None])
         finally:
             done = {work.key: work.head for work in leads if work.head is not None and work.storable}
-            self.cache.put(done)
-            self.cache.release(claimed - done.keys())
+            self.later += lambda: self.cache.put(done), lambda: self.cache.release(claimed - done.keys())
 
-    def _decode(self, work: _Work) -> None:
+    def _decode(self, work: Work) -> None:
         request = work.request
         work.item = codecs.decode(work.kind, request.payload, self.contract, self.limits, request.options)
 
-    def _forward(self, batch: list[tuple[_Work, codecs.Item]]) -> None:
+    def _forward(self, batch: list[tuple[Work, codecs.Item]]) -> None:
         """Heads for all, from one call of the model; logits that are not finite fail their own request only."""
         if not batch:
             return
@@ -137,24 +141,24 @@ class Service:
         with self.metrics.timed("encode"):
             scores = Scores(logits)
             self._encode(batch, scores)
-            self.metrics.predicted(scores.classes, scores.sure, self.contract.labels)
+        self.later.append(lambda: self.metrics.predicted(scores.told, self.contract.labels))
 
-    def _encode(self, batch: list[tuple[_Work, codecs.Item]], scores: Scores) -> None:
+    def _encode(self, batch: list[tuple[Work, codecs.Item]], scores: Scores) -> None:
         start, rows, ids, sound = 0, scores.rows, scores.ids, scores.sound
         for work, item in batch:
             end = start + item.count
             if not all(sound[start:end]):
                 log.error("request %s: the model's logits are not finite", work.request.request_id)
             elif item.options:
-                _each(functools.partial(self._shape, item, item.options, scores, slice(start, end)), [work])
+                each(functools.partial(self._shape, item, item.options, scores, slice(start, end)), [work])
             else:
                 work.head = answer.head(item.form, rows[start:end], ids[start:end], self.contract.labels)
             start = end
 
-    def _shape(self, item: codecs.Item, options: Options, scores: Scores, part: slice, work: _Work) -> None:
+    def _shape(self, item: codecs.Item, options: Options, scores: Scores, part: slice, work: Work) -> None:
         work.head = shaped(item, options, scores, part, self.contract, self.inside)
 
-    def _close(self, work: _Work) -> Answer:
+    def _close(self, work: Work) -> Answer:
         lead = work.twin or work
         if lead.head is not None:
             return Answer(200, lead.head + self.tails[work.outcome], work.outcome)
@@ -163,14 +167,3 @@ class Service:
         fault = lead.error or Internal()
         self.metrics.add("distillery_refusals_total", label=fault.code)
         return Answer(fault.status, answer.error(fault, work.request.request_id), "ERROR")
-
-
-def _each(step: Callable[[_Work], None], batch: Iterable[_Work]) -> None:
-    """One step for each request; whatever it meets, the neighbours do not notice."""
-    for work in batch:
-        try:
-            step(work)
-        except ServeError as error:
-            work.error = error
-        except Exception:
-            log.exception("request %s failed", work.request.request_id)

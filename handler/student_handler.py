@@ -47,7 +47,7 @@ class StudentHandler:
         except DistilleryError as error:
             log.error("refused to serve: %s", error)
             raise
-        frames.install(self.exchange)
+        frames.install(self.exchange, self.service.settle)
 
     def handle(self, rows: list[dict[str, Any]], context: Any) -> list[bytes]:
         """TorchServe's call: one row a request in, one body a request out; never raises."""
@@ -72,8 +72,8 @@ class StudentHandler:
         return [answer.body for answer in answers]
 
     def exchange(self, batch: list[Message]) -> list[Answer]:
-        """What `handle` does, where `frames` has taken the place of TorchServe's rows and context."""
-        return self.inference([_request(m.request_id, m.parts, _wishes_in_frame, m.headers) for m in batch])
+        """What `handle` does, where `frames` has taken the place of TorchServe's rows and context, and then settles."""
+        return self.service.respond([_request(m.request_id, m.parts, _wishes_in_frame, m.headers) for m in batch])
 
 
 def _service(context: Any) -> Service:

@@ -43,7 +43,8 @@ def arithmetic(precision: str, device: torch.device) -> torch.dtype:
     Without them bfloat16 takes ten times as long as float32, not half as long.
     """
     if precision == "bfloat16" and device.type == "cpu":
-        capabilities = getattr(torch.cpu, "get_capabilities", dict)()  # torch 2.11 may not have it
+        # torch 2.11 may not have it
+        capabilities: dict[str, bool] = getattr(torch.cpu, "get_capabilities", dict)()
         if not any(found and "bf16" in name for name, found in capabilities.items()):
             log.info("this CPU has no instructions for bfloat16: float32 takes its place")
             return torch.float32

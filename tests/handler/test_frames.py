@@ -161,10 +161,19 @@ def worker_process(monkeypatch: pytest.MonkeyPatch) -> types.ModuleType:
 def test_it_takes_upstreams_place_in_a_worker(worker_process: Any, caplog: Any) -> None:
     caplog.set_level("INFO")
     outcome: Outcome = "MISS"
-    frames.install(lambda batch: [Answer(200, message.parts[0][2], outcome) for message in batch])
-    command, batch = worker_process.retrieve_msg(Wire(frame([post(b"x", RAW)])))
-    assert command == b"I" and isinstance(batch[0], Message)
-    assert Service.predict(None, batch).endswith(b"\0\0\0\1x" + END)
+    told: list[str] = []
+
+    def answer(batch: list[Message]) -> list[Answer]:
+        told.append("answered")
+        return [Answer(200, message.parts[0][2], outcome) for message in batch]
+
+    frames.install(answer, lambda: told.append("settled"))
+    wire = Wire(frame([post(b"x", RAW)]) * 2)
+    for _ in range(2):
+        command, batch = worker_process.retrieve_msg(wire)
+        assert command == b"I" and isinstance(batch[0], Message)
+        assert Service.predict(None, batch).endswith(b"\0\0\0\1x" + END)
+    assert told == ["settled", "answered"] * 2, "what is left is done after an answer is sent, before the next is read"
     assert "TorchServe 0.12.0: its frames are read and written in one pass" in caplog.text
 
 

@@ -78,7 +78,7 @@ def test_a_bucket_counts_all_values_up_to_its_bound(batches: list[list[float]]) 
 def test_predictions_by_class_and_how_sure_they_were() -> None:
     taken = Taken()
     found = Metrics(emit=taken)
-    found.predicted([2, 0, 2], [0.995, 0.5, 0.31], ["a", "b", "c"])
+    found.predicted([(2, 0.995), (0, 0.5), (2, 0.31)], ["a", "b", "c"])
     found.flush()
     [counters] = taken.counters
     assert {key: n for key, n in counters.items() if key[0] == "distillery_predictions_total"} == {
@@ -99,9 +99,11 @@ def test_a_batch_is_counted_timed_and_soon_emitted() -> None:
 
     found = Metrics(gauges=lambda: {("distillery_resident_bytes", "1"): 7.0}, emit=emit)
     began = time.perf_counter()
-    with found.batch(3), found.timed("decode"):
+    with found.timed("batch"), found.timed("decode"):
         pass
     most = time.perf_counter() - began
+    assert not found.pending, "counted before the batch was over"
+    found.batch(3)
     assert came.wait(PATIENCE_S)
     [counters] = taken.counters
     assert counters["distillery_requests_total", ""] == 3
@@ -115,12 +117,10 @@ def test_many_batches_are_emitted_together(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(metrics, "INTERVAL_S", 3600.0)
     taken, came = Taken(), threading.Event()
     found = Metrics(emit=lambda *values: (taken(*values), came.set()))  # type: ignore[func-returns-value, arg-type]
-    with found.batch(1):
-        pass
+    found.batch(1)
     assert came.wait(PATIENCE_S)
     for _ in range(100):
-        with found.batch(1):
-            pass
+        found.batch(1)
     assert len(taken.counters) == 1
     found.flush()
     assert taken.counters[1]["distillery_requests_total", ""] == 100

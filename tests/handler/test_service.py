@@ -52,10 +52,10 @@ class Echo:
 class Bench:
     def __init__(self) -> None:
         self.model, self.now = Echo(), 0.0
-        store = MemoryStore(entries=100, size_bytes=1 << 20, ttl_s=60, clock=lambda: self.now)
-        self.cache = CacheManager(store, ["digest"])
+        self.store = MemoryStore(entries=100, size_bytes=1 << 20, ttl_s=60, clock=lambda: self.now)
+        self.cache, self.metrics = CacheManager(self.store, ["digest"]), Metrics()
         identity = {"name": "m", "version": "1"}
-        self.service = Service(self.model, self.cache, LimitSettings(rows=3), identity, Metrics(), CLOSED)
+        self.service = Service(self.model, self.cache, LimitSettings(rows=3), identity, self.metrics, CLOSED)
 
     def ask(self, *requests: Request) -> list[Answer]:
         return self.service.answer(requests)
@@ -96,6 +96,25 @@ def test_nothing_to_compute_asks_the_model_nothing(bench: Bench) -> None:
     bench.ask(raw(1, 2, 3))
     bench.ask(raw(1, 2, 3))
     assert len(bench.model.batches) == 1
+
+
+def test_storing_and_counting_wait_until_the_answers_are_sent(bench: Bench) -> None:
+    """An adapter that can do so sends what `respond` gives and settles then; the next batch finds it settled anyway."""
+    assert outcomes(bench.service.respond([raw(1, 2, 3)])) == ["MISS"]
+    assert not len(bench.store) and not bench.metrics.pending
+    bench.service.settle()
+    assert len(bench.store) == 1
+    assert bench.metrics.pending["distillery_requests_total", ""] == 1
+    assert bench.metrics.pending["distillery_predictions_total", "c"] == 1
+    assert outcomes(bench.service.respond([raw(4, 5, 6)])) == ["MISS"]
+    assert outcomes(bench.service.respond([raw(1, 2, 3), raw(4, 5, 6)])) == ["HIT", "HIT"]
+
+
+def test_what_cannot_be_stored_is_logged_and_the_rest_is_done(bench: Bench, caplog: Any) -> None:
+    bench.cache.put = lambda _: 1 / 0  # type: ignore[method-assign, assignment]
+    assert outcomes(bench.ask(raw(1, 2, 3))) == ["MISS"]
+    assert "an answer is not stored, or not counted" in caplog.text and "ZeroDivisionError" in caplog.text
+    assert bench.metrics.pending["distillery_requests_total", ""] == 1
 
 
 def test_equal_requests_of_a_batch_are_computed_once(bench: Bench) -> None:
