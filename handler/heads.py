@@ -1,6 +1,5 @@
 """Logits → what is said of them: the probabilities and classes of one forward, and what options add to a head."""
 
-import math
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -20,9 +19,10 @@ class Scores:
 
     def __init__(self, logits: NDArray[np.float32]) -> None:
         self.logits, self.sound = logits, [True] * len(logits)
-        if not math.isfinite(logits.sum(dtype=np.float64)):  # which one that is not makes so, and no other does
-            finite: NDArray[np.bool_] = np.asarray(np.isfinite(logits).all(axis=1))
-            self.sound, logits = finite.tolist(), np.where(finite[:, np.newaxis], logits, 0)
+        finite = np.isfinite(logits)
+        if not finite.all():
+            rows: NDArray[np.bool_] = np.asarray(finite.all(axis=1))
+            self.sound, logits = rows.tolist(), np.where(rows[:, np.newaxis], logits, 0)
         self.scores = probabilities(logits)
         self.rows: list[list[float]] = self.scores.round(answer.DIGITS).tolist()
         self.ids: list[int] = self.scores.argmax(axis=1).tolist()
