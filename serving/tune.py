@@ -92,7 +92,7 @@ def _dimensions(archive: Archive, wanted: Mapping[str, list[Any]]) -> dict[str, 
         return sorted({1, max(1, cores // best.workers)} - {now})
 
     return {
-        "batch_size": lambda _: wanted.get("batch_size", [1, 8, 32, 64, 128]),
+        "batch_size": lambda _: wanted.get("batch_size", [1, 8, 16, 32, 64]),
         "workers": lambda _: wanted.get("workers", workers),
         "threads": lambda best: wanted.get("threads") or threads(best),
         "engine": lambda _: engines,

@@ -64,8 +64,8 @@ def _ours(title: str, **how: Any) -> Contestant:
     return Contestant(title, TORCHSERVE, partial(distillery, **how))
 
 
-def _ceiling(title: str, batch: int, reading: str) -> Contestant:
-    return Contestant(title, TORCHSERVE, partial(empty, batch_size=batch, reading=reading), ceiling=True)
+def _ceiling(title: str, **how: Any) -> Contestant:
+    return Contestant(title, TORCHSERVE, partial(empty, **how), ceiling=True)
 
 
 UVICORN = "-m uvicorn server:app --host 127.0.0.1 --port {port} --workers {workers} --no-access-log --log-level warning"
@@ -87,8 +87,12 @@ CONTESTANTS = {
     "flask": _peer("Flask, our first service", "flask", "/predict", "server.py", wires={"raw": "features"}),
     "mosec-core": _peer("our core under mosec", "mosec", "/inference", f"adapter.py {MOSEC}"),
     "litserve-core": _peer("our core under LitServe", "litserve", "/predict", "adapter.py", wires=BASE64),
-    "torchserve-empty": _ceiling("TorchServe, empty handler", 64, "upstream"),
-    "torchserve-empty-buffered": _ceiling("TorchServe, empty handler, read in blocks", 64, "buffered"),
-    "torchserve-empty-latency": _ceiling("TorchServe, empty handler, batches of 1", 1, "upstream"),
+    "torchserve-empty": _ceiling("TorchServe, empty handler", profile="throughput", reading="upstream", each_core=True),
+    "torchserve-empty-buffered": _ceiling(
+        "TorchServe, empty handler, read in blocks", profile="throughput", reading="buffered", each_core=True
+    ),
+    "torchserve-empty-latency": _ceiling(
+        "TorchServe, empty handler, batches of 1", profile="latency", reading="upstream"
+    ),
     "nothing": Contestant("an HTTP server that does nothing", "/", nothing, ceiling=True),
 }

@@ -6,6 +6,7 @@ import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from benchmarks.serving.environments import PEERS, ROOT
 from benchmarks.serving.processes import Alive, running
@@ -13,7 +14,7 @@ from benchmarks.serving.stage import Stage
 from handler.errors import DistilleryError
 from handler.settings import CacheSettings, HandlerSettings
 from serving import archive, server
-from serving.archive import ServeSettings
+from serving.archive import ServeSettings, camel
 from serving.instance import addresses, beside, read_properties
 from serving.profiles import PROFILES
 
@@ -25,10 +26,9 @@ MODEL = "student"
 @contextmanager
 def distillery(stage: Stage, *, profile: str, each_core: bool = False, cache: bool = True) -> Iterator[Alive]:
     """Our archive in one of its profiles, started as `python -m serving start` does; one worker, or one a core."""
-    workers = stage.workers if each_core else 1
+    workers, asked = _asked(stage, profile, each_core)
     store = stage.store / f"distillery-{profile}-{workers}-{cache}"
     own = HandlerSettings(engine="onnx", cache=CacheSettings(enabled=cache))
-    asked = {**PROFILES[profile], "min_workers": workers, "max_workers": workers}
     settings = ServeSettings(**asked, handler=own)
     path = store / f"{MODEL}.mar"
     if not path.is_file():
@@ -49,12 +49,18 @@ def stock(stage: Stage) -> Iterator[Alive]:
 
 
 @contextmanager
-def empty(stage: Stage, *, batch_size: int, reading: str) -> Iterator[Alive]:
+def empty(stage: Stage, *, profile: str, reading: str, each_core: bool = False) -> Iterator[Alive]:
     """Our settings and log, and a handler that does nothing; `reading` upstream or buffered, how its socket is read."""
-    model = {"minWorkers": 1, "maxWorkers": 1, "batchSize": batch_size, "maxBatchDelay": 1}
+    model = {camel(name): value for name, value in _asked(stage, profile, each_core)[1].items()}
     properties = {**read_properties(CONFIG), "metrics_config": str(ROOT / "metrics.yaml")}
     with _torchserve(stage, "empty", model, properties, READING=reading) as alive:
         yield alive
+
+
+def _asked(stage: Stage, profile: str, each_core: bool) -> tuple[int, dict[str, Any]]:
+    """How many workers, and the settings of the profile with them."""
+    workers = stage.workers if each_core else 1
+    return workers, {**PROFILES[profile], "min_workers": workers, "max_workers": workers}
 
 
 @contextmanager

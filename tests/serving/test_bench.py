@@ -87,7 +87,7 @@ def test_the_best_is_written_into_the_archive_and_the_table_beside_it(own: Path,
     assert found["load"] == {"clients": 2, "seconds": 1} and len(found["rows"]) * 2 == len(computed)
     engines = {row["candidate"]["engine"] for row in found["rows"] if row["dimension"] == "engine"}
     assert engines == {"auto", "eager", "onnx", "onnx-int8", "exported", "torchscript"}
-    assert {row["candidate"]["batch_size"] for row in found["rows"]} == {1, 8, 32, 64, 128}
+    assert {row["candidate"]["batch_size"] for row in found["rows"]} == {1, 8, 16, 32, 64}
     lines = report.text().splitlines()
     assert len(lines) == len(report.rows) + 3 and lines[-1].startswith("best: batchSize 8, workers 1, threads 0, ")
     assert after.digest[:12] in lines[-1]
@@ -97,7 +97,7 @@ def test_the_best_is_written_into_the_archive_and_the_table_beside_it(own: Path,
 def test_only_what_is_wanted_is_tried_and_a_dry_run_writes_nothing(own: Path, computed: list[Archive]) -> None:
     before = own.read_bytes()
     report = tuned(own, write=False, batch_size=[8], workers=[1], threads=[0], engine=["auto"])
-    assert [made.settings.batch_size for made in computed] == [64, 8, 64, 8]
+    assert [made.settings.batch_size for made in computed] == [16, 8, 16, 8]
     assert report.text().endswith("student.mar: not written")
     assert own.read_bytes() == before and [path.name for path in own.parent.iterdir()] == ["student.mar"]
 
@@ -116,9 +116,9 @@ def test_an_engine_that_costs_accuracy_is_not_tried_unasked(own: Path, computed:
         (root / "report.json").write_text(json.dumps(report))
 
     remade(own, own, worse, sealed=True)
-    tuned(own, batch_size=[64])
+    tuned(own, batch_size=[16])
     assert {made.settings.handler.engine for made in computed} == {"auto", "eager", "onnx", "exported", "torchscript"}
-    tuned(own, batch_size=[64], engine=["onnx-int8"])
+    tuned(own, batch_size=[16], engine=["onnx-int8"])
     assert archive.read(own).settings.handler.engine == "onnx-int8", "asked for, it is"
 
 
