@@ -2,6 +2,7 @@
 
 import json
 import threading
+import time
 from collections.abc import Callable
 
 import pytest
@@ -76,6 +77,22 @@ def test_requests_that_are_the_same_at_once_are_computed_once(new: New, redis_se
         thread.join(PATIENCE_S)
     assert found == {"one": ["MISS"] * 16, "other": ["HIT"] * 16}
     assert len(batches(one)) == 1 and batches(other) == []
+
+
+def test_who_waits_has_shared_its_own_answers_before(new: New) -> None:
+    """Else two workers that wait for each other's would both wait for as long as they may."""
+    one, other = new(), new()
+    theirs, ours = key(other, 1, 2, 3), key(one, 4, 5, 6)
+    assert other.cache.claim([theirs])
+    thread = threading.Thread(target=one.answer, args=([raw(1, 2, 3), raw(4, 5, 6)],))
+    thread.start()
+    end, seen = time.monotonic() + PATIENCE_S / 4, [None]
+    while seen == [None] and time.monotonic() < end:
+        seen = other.cache.look_up([ours])  # type: ignore[assignment]
+    waiting = thread.is_alive()
+    other.cache.put({theirs: b"{"})
+    thread.join(PATIENCE_S)
+    assert waiting and seen != [None]
 
 
 def test_neighbours_of_what_another_computes_are_not_held_up_by_its_death(new: New) -> None:
