@@ -50,7 +50,7 @@ class ServeSettings:
 
     min_workers: int = 1
     max_workers: int = 2
-    batch_size: int = 16
+    batch_size: int = 32
     max_batch_delay: int = 1
     response_timeout: int = 30
     startup_timeout: int = 120

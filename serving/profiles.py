@@ -11,7 +11,7 @@ from handler.errors import DistilleryError
 from serving.archive import CONFIG, Archive, ServeSettings, camel, read, unpacked, write
 
 PROFILES: Mapping[str, Mapping[str, Any]] = {
-    "throughput": {"batch_size": 16, "max_batch_delay": 1},
+    "throughput": {"batch_size": 32, "max_batch_delay": 1},
     "latency": {"batch_size": 1},
 }
 """Defaults of ServeSettings by name; its own are those of throughput."""

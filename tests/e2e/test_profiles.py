@@ -44,7 +44,7 @@ def test_start_serves_a_copy_with_the_profile_and_leaves_the_archive(site: Site,
         found = np.array([answer.json()["prediction"][0] for answer in answers])
         np.testing.assert_allclose(found, expected, rtol=0, atol=1e-4)
         again = site.serving("start", "--profile", "throughput", "--replace")
-        assert again.status == 0 and "batchSize 16, " in again.out, again.error
+        assert again.status == 0 and "batchSize 32, " in again.out, again.error
         assert site.serving("status", "--json").json["digest"] == archive.read(packed).digest, "as it was packed"
         assert (site.folder / "model_store" / "student.mar").read_bytes() == packed.read_bytes()
     finally:
@@ -55,7 +55,7 @@ def test_tuning_writes_what_serves_best_and_says_why_the_rest_does_not(site: Sit
     """The archive asks for an engine that it does not hold: whatever the machine does, another one is better."""
     path = site.folder / "model_store" / "student.mar"
     before = with_settings(packed, {"handler": {"engine": "compiled"}}, path)
-    fixed = ("--batch-sizes", "16", "--workers", "1", "--threads", "0", "--engines", "onnx", "--json")
+    fixed = ("--batch-sizes", "32", "--workers", "1", "--threads", "0", "--engines", "onnx", "--json")
     done = site.run(*BENCH, "--tune", *fixed, PYTHONPATH=str(ROOT))
     assert done.status == 0, done.error
     broken, good = done.json["rows"]

@@ -61,7 +61,7 @@ def test_started_means_ready_with_the_settings_asked_for(served: Site, packed: P
     assert status["workers"][0]["memory_bytes"] > 50_000_000
     assert psutil.Process(status["pid"]).is_running()
     model = served.instance().management().describe("student")
-    assert model.settings["batchSize"] == 16 and model.settings["maxBatchDelay"] == 1
+    assert model.settings["batchSize"] == 32 and model.settings["maxBatchDelay"] == 1
 
 
 def test_keys_are_for_their_owner_and_nobody_enters_without(served: Site) -> None:

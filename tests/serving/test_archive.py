@@ -90,7 +90,7 @@ def test_settings_name_and_version_travel(bundle: Path, packed: Path, tmp_path: 
 def test_the_defaults_are_those_of_the_documents() -> None:
     tree = ServeSettings().to_dict()
     assert tree.keys().isdisjoint({"deviceType", "deviceIds"})  # TorchServe chooses
-    expected = {"minWorkers": 1, "maxWorkers": 2, "batchSize": 16, "maxBatchDelay": 1}
+    expected = {"minWorkers": 1, "maxWorkers": 2, "batchSize": 32, "maxBatchDelay": 1}
     assert {key: tree[key] for key in expected} == expected
     assert ServeSettings.from_yaml(ServeSettings().to_yaml()) == ServeSettings()
 

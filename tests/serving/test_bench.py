@@ -97,7 +97,7 @@ def test_the_best_is_written_into_the_archive_and_the_table_beside_it(own: Path,
 def test_only_what_is_wanted_is_tried_and_a_dry_run_writes_nothing(own: Path, computed: list[Archive]) -> None:
     before = own.read_bytes()
     report = tuned(own, write=False, batch_size=[8], workers=[1], threads=[0], engine=["auto"])
-    assert [made.settings.batch_size for made in computed] == [16, 8, 16, 8]
+    assert [made.settings.batch_size for made in computed] == [32, 8, 32, 8]
     assert report.text().endswith("student.mar: not written")
     assert own.read_bytes() == before and [path.name for path in own.parent.iterdir()] == ["student.mar"]
 
@@ -116,9 +116,9 @@ def test_an_engine_that_costs_accuracy_is_not_tried_unasked(own: Path, computed:
         (root / "report.json").write_text(json.dumps(report))
 
     remade(own, own, worse, sealed=True)
-    tuned(own, batch_size=[16])
+    tuned(own, batch_size=[32])
     assert {made.settings.handler.engine for made in computed} == {"auto", "eager", "onnx", "exported", "torchscript"}
-    tuned(own, batch_size=[16], engine=["onnx-int8"])
+    tuned(own, batch_size=[32], engine=["onnx-int8"])
     assert archive.read(own).settings.handler.engine == "onnx-int8", "asked for, it is"
 
 

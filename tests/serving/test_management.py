@@ -17,7 +17,7 @@ DESCRIBED: dict[str, Any] = {
     "modelUrl": "student.mar",
     "minWorkers": 1,
     "maxWorkers": 2,
-    "batchSize": 16,
+    "batchSize": 32,
     "maxBatchDelay": 1,
     "responseTimeout": 30,
     "startupTimeout": 120,

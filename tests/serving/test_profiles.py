@@ -24,7 +24,7 @@ def test_the_default_is_throughput_and_latency_takes_requests_one_by_one() -> No
 
 @pytest.mark.parametrize(
     ("arguments", "size"),
-    [([], 16), (["--profile", "latency"], 1), (["--batch-size", "8"], 8)]
+    [([], 32), (["--profile", "latency"], 1), (["--batch-size", "8"], 8)]
     + [(["--profile", "latency", *flag], 8) for flag in (["--batch-size", "8"], ["batch_size=8"])],
 )
 def test_flags_win_over_the_profile(bundle: Path, tmp_path: Path, arguments: list[str], size: int) -> None:
