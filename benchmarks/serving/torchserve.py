@@ -26,8 +26,8 @@ MODEL = "student"
 @contextmanager
 def distillery(stage: Stage, *, profile: str, each_core: bool = False, cache: bool = True) -> Iterator[Alive]:
     """Our archive in one of its profiles, started as `python -m serving start` does; one worker, or one a core."""
-    workers, asked = _asked(stage, profile, each_core)
-    store = stage.store / f"distillery-{profile}-{workers}-{cache}"
+    asked = _asked(stage, profile, each_core)
+    store = stage.store / f"distillery-{profile}-{asked['min_workers']}-{cache}"
     own = HandlerSettings(engine="onnx", cache=CacheSettings(enabled=cache))
     settings = ServeSettings(**asked, handler=own)
     path = store / f"{MODEL}.mar"
@@ -51,16 +51,16 @@ def stock(stage: Stage) -> Iterator[Alive]:
 @contextmanager
 def empty(stage: Stage, *, profile: str, reading: str, each_core: bool = False) -> Iterator[Alive]:
     """Our settings and log, and a handler that does nothing; `reading` upstream or buffered, how its socket is read."""
-    model = {camel(name): value for name, value in _asked(stage, profile, each_core)[1].items()}
+    model = {camel(name): value for name, value in _asked(stage, profile, each_core).items()}
     properties = {**read_properties(CONFIG), "metrics_config": str(ROOT / "metrics.yaml")}
     with _torchserve(stage, "empty", model, properties, READING=reading) as alive:
         yield alive
 
 
-def _asked(stage: Stage, profile: str, each_core: bool) -> tuple[int, dict[str, Any]]:
-    """How many workers, and the settings of the profile with them."""
+def _asked(stage: Stage, profile: str, each_core: bool) -> dict[str, Any]:
+    """The settings of the profile, with one worker or one a core."""
     workers = stage.workers if each_core else 1
-    return workers, {**PROFILES[profile], "min_workers": workers, "max_workers": workers}
+    return {**PROFILES[profile], "min_workers": workers, "max_workers": workers}
 
 
 @contextmanager
