@@ -32,7 +32,7 @@ def test_alone_one_is_first_and_its_mean_is_its_own() -> None:
 def test_bfloat16_is_for_processors_that_have_it(
     capabilities: dict[str, bool], expected: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A quickstart of minutes took three quarters of an hour on one that has it not."""
+    """On one that has it not, the quickstart's teacher had not ended its first epoch after seven minutes."""
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities, raising=False)
     arithmetic.cache_clear()
     assert arithmetic("bfloat16", torch.device("cpu")) == expected
