@@ -1,5 +1,6 @@
 """Logits → what is said of them: the probabilities and classes of one forward, and what options add to a head."""
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -27,10 +28,9 @@ class Scores:
         self.rows: list[list[float]] = self.scores.round(answer.DIGITS).tolist()
         self.ids: list[int] = self.scores.argmax(axis=1).tolist()
 
-    @property
-    def told(self) -> list[tuple[int, float]]:
+    def told(self, labels: Sequence[str]) -> list[tuple[str, float]]:
         """The class of each sound image, and its probability."""
-        return [(k, row[k]) for row, k, sound in zip(self.rows, self.ids, self.sound, strict=True) if sound]
+        return [(labels[k], row[k]) for k, row, sound in zip(self.ids, self.rows, self.sound, strict=True) if sound]
 
 
 def shaped(

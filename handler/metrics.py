@@ -4,17 +4,17 @@ For the server each value is a line of log to parse, so a worker adds up and emi
 Prometheus' own form (`_bucket` with `le`, `_sum`, `_count`): those of TorchServe have no bucket below 5 ms.
 """
 
-import bisect
 import logging
 import os
 import sys
 import threading
 import time
-from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections import Counter, defaultdict, deque
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import psutil
 
 log = logging.getLogger(__name__)
@@ -56,31 +56,28 @@ METRICS = {
     "distillery_confidence": Metric(buckets=(0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.99, 1)),
     "distillery_resident_bytes": Metric(label="worker", gauge=True),
 }
-BUCKETS: Mapping[str, Sequence[Key]] = {
-    name: [(f"{name}_bucket", bound) for bound in (*map("{:g}".format, metric.buckets), "+Inf")]
-    for name, metric in METRICS.items()
-    if metric.buckets
-}
+HISTOGRAMS = {name: metric.buckets for name, metric in METRICS.items() if metric.buckets}
 
 
 class Timed:
-    """The seconds that a `with` block takes, noted under a name; a generator as context takes five times as long."""
+    """Notes the seconds that a `with` block takes; a generator as context takes five times as long."""
 
-    def __init__(self, name: str, noted: list[tuple[str, float]]) -> None:
-        self.name, self.noted = name, noted
+    def __init__(self, noted: deque[float]) -> None:
+        self.noted = noted
 
     def __enter__(self) -> None:
         self.began = time.perf_counter()
 
     def __exit__(self, *_: object) -> None:
-        self.noted.append((self.name, time.perf_counter() - self.began))
+        self.noted.append(time.perf_counter() - self.began)
 
 
 class Metrics:
     """Sums since the last emission, which another thread does; any may add.
 
-    `totals` says what stands somewhere as a count since the start, `gauges` what is true at the moment; `emit` takes
-    what counters have grown by, and gauges.
+    What histograms are made of is noted only, and sorted into buckets when it is emitted. `totals` says what stands
+    somewhere as a count since the start, `gauges` what is true at the moment; `emit` takes what counters have grown
+    by, and gauges.
     """
 
     def __init__(
@@ -92,7 +89,8 @@ class Metrics:
         self.totals, self.gauges, self.emit = totals, gauges, emit
         self.pending: defaultdict[Key, float] = defaultdict(float)
         self.seen: dict[Key, float] = {}
-        self.noted: list[tuple[str, float]] = []
+        self.noted: dict[str, deque[float]] = {name: deque() for name in HISTOGRAMS}
+        self.told: deque[tuple[str, float]] = deque()
         self.lock, self.due, self.scheduled = threading.Lock(), 0.0, False
 
     def add(self, name: str, value: float = 1, label: str = "") -> None:
@@ -102,27 +100,18 @@ class Metrics:
 
     def observe(self, name: str, *values: float) -> None:
         """Put values into a histogram."""
-        bounds, keys = METRICS[name].buckets, BUCKETS[name]
-        with self.lock:
-            for value in values:
-                self.pending[keys[bisect.bisect_left(bounds, value)]] += 1
-            self.pending[f"{name}_sum", ""] += sum(values)
-
-    def predicted(self, told: Sequence[tuple[int, float]], labels: Sequence[str]) -> None:
-        """Count predictions, of which class and probability are `told`, and put the latter into a histogram."""
-        for k, _ in told:
-            self.add("distillery_predictions_total", label=labels[k])
-        self.observe("distillery_confidence", *(sure for _, sure in told))
+        self.noted[name].extend(values)
 
     def timed(self, step: str) -> Timed:
-        """Times a block for the histogram of a step, which `batch` puts it into."""
-        return Timed(f"distillery_{step}_seconds", self.noted)
+        """Times a block for the histogram of a step."""
+        return Timed(self.noted[f"distillery_{step}_seconds"])
+
+    def predicted(self, told: Iterable[tuple[str, float]]) -> None:
+        """Count predictions, of which class and probability are `told`, and put the latter into a histogram."""
+        self.told.extend(told)
 
     def batch(self, requests: int) -> None:
-        """Count a batch that is over, and put the times of its steps into their histograms."""
-        for name, seconds in self.noted:
-            self.observe(name, seconds)
-        self.noted.clear()
+        """Count a batch that is over."""
         self.add("distillery_requests_total", requests)
         self.observe("distillery_batch_requests", requests)
         if not self.scheduled:
@@ -136,25 +125,35 @@ class Metrics:
         self.scheduled, self.due = False, time.monotonic() + INTERVAL_S
         try:
             with self.lock:
-                pending, self.pending = self.pending, defaultdict(float)
+                found, self.pending = dict(self.pending), defaultdict(float)
+            told = _taken(self.told)
+            classes = Counter(label for label, _ in told)
+            found |= {("distillery_predictions_total", label): float(n) for label, n in classes.items()}
+            self.observe("distillery_confidence", *(sure for _, sure in told))
+            for name, values in self.noted.items():
+                found |= _histogram(name, _taken(values))
             totals = dict(self.totals())
-            grown = {key: n - self.seen.get(key, 0) for key, n in totals.items() if n != self.seen.get(key)}
+            found |= {key: n - self.seen.get(key, 0) for key, n in totals.items() if n != self.seen.get(key)}
             self.seen = totals
-            self.emit(_cumulative(pending | grown), self.gauges())
+            self.emit(found, self.gauges())
         except Exception:
             log.exception("metrics are lost")
 
 
-def _cumulative(values: Values) -> dict[Key, float]:
-    """The values, with each bucket in all those above it, as Prometheus wants it, and their count."""
-    found = {key: value for key, value in values.items() if not key[0].endswith("_bucket")}
-    for name, keys in BUCKETS.items():
-        counted = 0.0
-        for key in keys:
-            counted += values.get(key, 0)
-            if counted:
-                found[key] = found[f"{name}_count", ""] = counted
-    return found
+def _taken(values: deque[Any]) -> list[Any]:
+    """What is in there now; others may go on adding at the end."""
+    return [values.popleft() for _ in range(len(values))]
+
+
+def _histogram(name: str, values: Sequence[float]) -> dict[Key, float]:
+    """How many of the values are up to each bound, as Prometheus wants it, their count and their sum."""
+    if not values:
+        return {}
+    bounds = HISTOGRAMS[name]
+    counts = np.bincount(np.searchsorted(bounds, values), minlength=len(bounds) + 1).cumsum().tolist()
+    labels = (*map("{:g}".format, bounds), "+Inf")
+    found = {(f"{name}_bucket", label): float(n) for label, n in zip(labels, counts, strict=True) if n}
+    return found | {(f"{name}_count", ""): float(len(values)), (f"{name}_sum", ""): float(sum(values))}
 
 
 def to_torchserve(sink: Any) -> Callable[[Values, Values], None]:

@@ -141,7 +141,7 @@ class Service:
         with self.metrics.timed("encode"):
             scores = Scores(logits)
             self._encode(batch, scores)
-        self.later.append(lambda: self.metrics.predicted(scores.told, self.contract.labels))
+        self.later.append(lambda: self.metrics.predicted(scores.told(self.contract.labels)))
 
     def _encode(self, batch: list[tuple[Work, codecs.Item]], scores: Scores) -> None:
         start, rows, ids, sound = 0, scores.rows, scores.ids, scores.sound

@@ -78,7 +78,7 @@ def test_a_bucket_counts_all_values_up_to_its_bound(batches: list[list[float]]) 
 def test_predictions_by_class_and_how_sure_they_were() -> None:
     taken = Taken()
     found = Metrics(emit=taken)
-    found.predicted([(2, 0.995), (0, 0.5), (2, 0.31)], ["a", "b", "c"])
+    found.predicted([("c", 0.995), ("a", 0.5), ("c", 0.31)])
     found.flush()
     [counters] = taken.counters
     assert {key: n for key, n in counters.items() if key[0] == "distillery_predictions_total"} == {

@@ -101,11 +101,11 @@ def test_nothing_to_compute_asks_the_model_nothing(bench: Bench) -> None:
 def test_storing_and_counting_wait_until_the_answers_are_sent(bench: Bench) -> None:
     """An adapter that can do so sends what `respond` gives and settles then; the next batch finds it settled anyway."""
     assert outcomes(bench.service.respond([raw(1, 2, 3)])) == ["MISS"]
-    assert not len(bench.store) and not bench.metrics.pending
+    assert not len(bench.store) and not bench.metrics.pending and not bench.metrics.told
     bench.service.settle()
     assert len(bench.store) == 1
     assert bench.metrics.pending["distillery_requests_total", ""] == 1
-    assert bench.metrics.pending["distillery_predictions_total", "c"] == 1
+    assert [label for label, _ in bench.metrics.told] == ["c"]
     assert outcomes(bench.service.respond([raw(4, 5, 6)])) == ["MISS"]
     assert outcomes(bench.service.respond([raw(1, 2, 3), raw(4, 5, 6)])) == ["HIT", "HIT"]
 
