@@ -3,6 +3,7 @@
 import dataclasses
 import json
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
@@ -32,7 +33,7 @@ class Contract:
     labels: tuple[str, ...]
     output: Literal["logits"] = "logits"
 
-    @property
+    @cached_property
     def size(self) -> int:
         """Numbers (and, being uint8, bytes) in one item: height · width · channels."""
         return self.height * self.width * self.channels

@@ -60,7 +60,7 @@ class Service:
         with self.metrics.timed("batch"):
             batch = [Work(request, request.error) for request in requests]
             try:
-                each(self._identify, (work for work in batch if work.error is None and not work.request.describe))
+                each(self._identify, batch)
                 known = [work for work in batch if work.key]
                 with self.metrics.timed("lookup"):
                     self._look_up(known)
@@ -84,6 +84,8 @@ class Service:
 
     def _identify(self, work: Work) -> None:
         request = work.request
+        if request.error or request.describe:
+            return
         work.kind = codecs.kind_of(request.payload, request.content_type, self.contract)
         asked = f"{work.kind} {request.options}" if request.options else work.kind
         work.key = self.cache.key(asked, request.payload)

@@ -160,7 +160,9 @@ def _part(parts: Parts) -> tuple[str, Any]:
 
 def _payload(value: Any, content_type: str) -> bytes:
     """The bytes of a part; what the server has decoded already is encoded again, so that one way leads on."""
-    if isinstance(value, bytes | bytearray):
+    if type(value) is bytes:  # as `frames` has it
+        return value
+    if isinstance(value, bytearray):
         return bytes(value)
     if isinstance(value, str) and content_type.startswith("text/"):
         return value.encode()
