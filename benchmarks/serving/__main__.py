@@ -52,7 +52,7 @@ def options_of(arguments: list[str] | None) -> argparse.Namespace:
     p.add_argument("--open", type=float, nargs="*", default=[0.2, 0.5, 0.8], help="shares of the best capacity")
     p.add_argument("--rounds", type=int, default=5)
     p.add_argument("--seconds", type=int, default=3, help="a point (default: %(default)s)")
-    p.add_argument("--warm-up", type=int, default=10, help="seconds, after each start (default: %(default)s)")
+    p.add_argument("--warm-up", type=int, default=25, help="seconds, after each start (default: %(default)s)")
     p.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes of the peers that take a number")
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("--quick", action="store_true", help="one round, one second a point, two points: to see it work")

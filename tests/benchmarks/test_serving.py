@@ -12,15 +12,18 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from benchmarks.serving import closed, generator, payloads, render, rounds, summary
+from benchmarks.serving import closed, generator, heavy, payloads, render, rounds, summary
 from benchmarks.serving.__main__ import main
 from benchmarks.serving.bench import Point
 from benchmarks.serving.contestants import CONTESTANTS
 from benchmarks.serving.environments import PEERS
 from benchmarks.serving.payloads import WIRES, Pool
 from benchmarks.serving.traffic import Traffic
+from handler.bundle import verify
+from handler.choice import read_evidence
 from serving import driver
 from serving.driver import Drive
+from training import measure
 
 
 @contextmanager
@@ -289,3 +292,11 @@ def test_the_tables_say_what_was_measured(tmp_path: Path) -> None:
     assert "| mosec, batches to 128 | 30 | 0 | 0 | 15 | 0 |" in text
     assert "Flask, our first service is left out: round 1: it did not start" in text
     assert (tmp_path / "found.raw.unique.png").stat().st_size > 10_000
+
+
+def test_the_heavy_bundle_is_sound_and_was_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The handler chooses its micro-batch by what was measured."""
+    monkeypatch.setattr(heavy, "SIDE", 8)
+    assert heavy.bundle(tmp_path / "bundle") == verify(tmp_path / "bundle")["digest"]
+    evidence = read_evidence(tmp_path / "bundle")
+    assert evidence["onnx"]["latency_ms"]["cpu"].keys() == {str(size) for size in measure.BATCHES}
