@@ -115,10 +115,14 @@ class Metrics:
         self.add("distillery_requests_total", requests)
         self.observe("distillery_batch_requests", requests)
         if not self.scheduled:
-            self.scheduled = True
             timer = threading.Timer(max(DELAY_S, self.due - time.monotonic()), self.flush)
             timer.daemon = True
-            timer.start()
+            self.scheduled = True
+            try:
+                timer.start()
+            except RuntimeError:  # no thread is left: the next batch tries again, or notes would pile up for ever
+                self.scheduled = False
+                raise
 
     def flush(self) -> None:
         """Emit what there is. A fault is logged, not raised: an uncounted answer is better than none."""
@@ -127,11 +131,11 @@ class Metrics:
             with self.lock:
                 found, self.pending = dict(self.pending), defaultdict(float)
             told = _taken(self.told)
-            classes = Counter(label for label, _ in told)
-            found |= {("distillery_predictions_total", label): float(n) for label, n in classes.items()}
+            found |= Counter(("distillery_predictions_total", label) for label, _ in told)
             self.observe("distillery_confidence", *(sure for _, sure in told))
-            for name, values in self.noted.items():
-                found |= _histogram(name, _taken(values))
+            for name, bounds in HISTOGRAMS.items():
+                if values := _taken(self.noted[name]):
+                    found |= _histogram(name, bounds, values)
             totals = dict(self.totals())
             found |= {key: n - self.seen.get(key, 0) for key, n in totals.items() if n != self.seen.get(key)}
             self.seen = totals
@@ -145,11 +149,8 @@ def _taken(values: deque[Any]) -> list[Any]:
     return [values.popleft() for _ in range(len(values))]
 
 
-def _histogram(name: str, values: Sequence[float]) -> dict[Key, float]:
+def _histogram(name: str, bounds: Sequence[float], values: Sequence[float]) -> dict[Key, float]:
     """How many of the values are up to each bound, as Prometheus wants it, their count and their sum."""
-    if not values:
-        return {}
-    bounds = HISTOGRAMS[name]
     counts = np.bincount(np.searchsorted(bounds, values), minlength=len(bounds) + 1).cumsum().tolist()
     labels = (*map("{:g}".format, bounds), "+Inf")
     found = {(f"{name}_bucket", label): float(n) for label, n in zip(labels, counts, strict=True) if n}

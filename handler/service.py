@@ -84,7 +84,7 @@ class Service:
 
     def _identify(self, work: Work) -> None:
         request = work.request
-        if request.error or request.describe:
+        if work.error or request.describe:
             return
         work.kind = codecs.kind_of(request.payload, request.content_type, self.contract)
         asked = f"{work.kind} {request.options}" if request.options else work.kind

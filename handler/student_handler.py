@@ -160,7 +160,7 @@ def _part(parts: Parts) -> tuple[str, Any]:
 
 def _payload(value: Any, content_type: str) -> bytes:
     """The bytes of a part; what the server has decoded already is encoded again, so that one way leads on."""
-    if type(value) is bytes:  # as `frames` has it
+    if isinstance(value, bytes):
         return value
     if isinstance(value, bytearray):
         return bytes(value)

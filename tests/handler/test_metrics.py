@@ -126,6 +126,17 @@ def test_many_batches_are_emitted_together(monkeypatch: pytest.MonkeyPatch) -> N
     assert taken.counters[1]["distillery_requests_total", ""] == 100
 
 
+def test_without_a_thread_the_next_batch_tries_again() -> None:
+    taken, came = Taken(), threading.Event()
+    found = Metrics(emit=lambda *values: (taken(*values), came.set()))  # type: ignore[func-returns-value, arg-type]
+    with pytest.MonkeyPatch.context() as without, pytest.raises(RuntimeError):
+        without.setattr(threading.Thread, "start", lambda _: (_ for _ in ()).throw(RuntimeError("no new thread")))
+        found.batch(1)
+    found.batch(1)
+    assert came.wait(PATIENCE_S)
+    assert taken.counters[0]["distillery_requests_total", ""] == 2
+
+
 def test_a_fault_is_logged_not_raised(caplog: pytest.LogCaptureFixture) -> None:
     Metrics(emit=lambda *_: 1 / 0).flush()  # type: ignore[arg-type]
     assert "metrics are lost" in caplog.text and "ZeroDivisionError" in caplog.text
