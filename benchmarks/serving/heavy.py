@@ -6,6 +6,7 @@ The network is `residual` with random weights on images of Fashion-MNIST, enlarg
 latencies are measured as training measures them, for the handler chooses its micro-batch by them.
 """
 
+import argparse
 import sys
 import tempfile
 from dataclasses import replace
@@ -17,6 +18,7 @@ import torch.nn.functional as F
 from handler import networks
 from handler.contract import Contract
 from handler.engines import ENGINES, Setup
+from handler.errors import DistilleryError
 from training import data, measure
 from training.artifact import write_bundle
 from training.config import DataSettings
@@ -27,7 +29,9 @@ IMAGES = 128
 
 
 def bundle(folder: Path) -> str:
-    """Write the bundle in place of an earlier one; returns its digest."""
+    """Write the bundle into a new folder; returns its digest. DistilleryError if it exists, or there are no images."""
+    if folder.exists():  # `write_bundle` would take its place, whatever is in it
+        raise DistilleryError(f"{folder}: exists already; expected a new folder")
     found = data.load(DataSettings(test_limit=IMAGES))
     images = F.interpolate(found.test.images, (SIDE, SIDE))
     contract = Contract(network="residual", channels=1, height=SIDE, width=SIDE, labels=tuple(found.labels))
@@ -52,5 +56,19 @@ def bundle(folder: Path) -> str:
         )
 
 
+def main(arguments: list[str] | None = None) -> int:
+    """Write the bundle and print its digest. Status 0, or 1 when it cannot be written."""
+    parser = argparse.ArgumentParser(
+        "python -m benchmarks.serving.heavy", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("folder", type=Path, help="a new folder")
+    try:
+        print(bundle(parser.parse_args(arguments).folder))
+    except DistilleryError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
 if __name__ == "__main__":
-    print(bundle(Path(sys.argv[1])))
+    sys.exit(main())

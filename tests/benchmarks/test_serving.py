@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -294,9 +295,19 @@ def test_the_tables_say_what_was_measured(tmp_path: Path) -> None:
     assert (tmp_path / "found.raw.unique.png").stat().st_size > 10_000
 
 
-def test_the_heavy_bundle_is_sound_and_was_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_heavy_bundle_is_sound_and_was_measured(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
     """The handler chooses its micro-batch by what was measured."""
     monkeypatch.setattr(heavy, "SIDE", 8)
-    assert heavy.bundle(tmp_path / "bundle") == verify(tmp_path / "bundle")["digest"]
+    assert heavy.main([str(tmp_path / "bundle")]) == 0
+    assert capsys.readouterr().out.strip() == verify(tmp_path / "bundle")["digest"]
     evidence = read_evidence(tmp_path / "bundle")
     assert evidence["onnx"]["latency_ms"]["cpu"].keys() == {str(size) for size in measure.BATCHES}
+
+
+def test_a_folder_that_is_there_is_not_replaced_by_the_heavy_bundle(tmp_path: Path, capsys: Any) -> None:
+    (tmp_path / "kept").write_text("kept")
+    assert heavy.main([str(tmp_path)]) == 1
+    assert capsys.readouterr().err == f"error: {tmp_path}: exists already; expected a new folder\n"
+    assert (tmp_path / "kept").read_text() == "kept"
