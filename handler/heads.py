@@ -1,6 +1,7 @@
 """Logits → what is said of them: the probabilities and classes of one forward, and what options add to a head."""
 
 from collections.abc import Sequence
+from math import exp, isfinite
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -14,23 +15,40 @@ from handler.options import Options
 if TYPE_CHECKING:  # it loads torch
     from handler.inside import Inside
 
+FEW = 64  # logits: Python is through with them before NumPy's first calls are, whose code is no longer in the cache
+UNIT = 10.0**answer.DIGITS
+
 
 class Scores:
-    """What one forward says of its images, a row each; `sound` where the logits are finite."""
+    """What one forward says of its images, a row each; `sound` where the logits are finite, and only there."""
 
     def __init__(self, logits: NDArray[np.float32]) -> None:
-        self.logits, self.sound = logits, [True] * len(logits)
-        finite = np.isfinite(logits)
-        if not finite.all():
-            rows: NDArray[np.bool_] = np.asarray(finite.all(axis=1))
-            self.sound, logits = rows.tolist(), np.where(rows[:, np.newaxis], logits, 0)
-        self.scores = probabilities(logits)
-        self.rows: list[list[float]] = self.scores.round(answer.DIGITS).tolist()
-        self.ids: list[int] = self.scores.argmax(axis=1).tolist()
+        self.logits = logits
+        self.sound: list[bool]
+        self.rows: list[list[float]]
+        self.ids: list[int]
+        if logits.size <= FEW:
+            values: list[list[float]] = logits.tolist()
+            self.sound = [isfinite(sum(row)) for row in values]  # float32 cannot overflow the sum
+            self.rows = [_softmax(row) if sound else [] for row, sound in zip(values, self.sound, strict=True)]
+            self.ids = [row.index(max(row)) for row in values]
+        else:
+            finite = np.isfinite(logits).all(axis=1)
+            self.sound = finite.tolist()
+            self.rows = probabilities(np.where(finite[:, np.newaxis], logits, 0)).round(answer.DIGITS).tolist()
+            self.ids = logits.argmax(axis=1).tolist()
 
     def told(self, labels: Sequence[str]) -> list[tuple[str, float]]:
         """The class of each sound image, and its probability."""
         return [(labels[k], row[k]) for k, row, sound in zip(self.ids, self.rows, self.sound, strict=True) if sound]
+
+
+def _softmax(logits: Sequence[float]) -> list[float]:
+    """As `probabilities` and its rounding, of one row."""
+    top = max(logits)
+    powers = [exp(logit - top) for logit in logits]
+    total = sum(powers)
+    return [round(power / total * UNIT) / UNIT for power in powers]
 
 
 def shaped(
@@ -40,7 +58,7 @@ def shaped(
     form, rows, ids, labels = item.form, scores.rows[part], scores.ids[part], contract.labels
     images, found = codecs.stacked([item], contract), dict[str, Any]()
     if options.top_k:
-        best = np.argsort(-scores.scores[part], axis=1, kind="stable")[:, : options.top_k].tolist()
+        best = np.argsort(-scores.logits[part], axis=1, kind="stable")[:, : options.top_k].tolist()
         found["top_k"] = [
             [{"label": labels[k], "class_id": k, "probability": row[k]} for k in order]
             for row, order in zip(rows, best, strict=True)

@@ -60,7 +60,7 @@ HISTOGRAMS = {name: metric.buckets for name, metric in METRICS.items() if metric
 
 
 class Timed:
-    """Notes the seconds that a `with` block takes; a generator as context takes five times as long."""
+    """Notes the seconds that each `with` block takes; a generator as context takes five times as long."""
 
     def __init__(self, noted: deque[float]) -> None:
         self.noted = noted
@@ -90,6 +90,7 @@ class Metrics:
         self.pending: defaultdict[Key, float] = defaultdict(float)
         self.seen: dict[Key, float] = {}
         self.noted: dict[str, deque[float]] = {name: deque() for name in HISTOGRAMS}
+        self.timed = {name.split("_")[1]: Timed(self.noted[name]) for name in HISTOGRAMS if name.endswith("_seconds")}
         self.told: deque[tuple[str, float]] = deque()
         self.lock, self.due, self.scheduled = threading.Lock(), 0.0, False
 
@@ -102,18 +103,13 @@ class Metrics:
         """Put values into a histogram."""
         self.noted[name].extend(values)
 
-    def timed(self, step: str) -> Timed:
-        """Times a block for the histogram of a step."""
-        return Timed(self.noted[f"distillery_{step}_seconds"])
-
     def predicted(self, told: Iterable[tuple[str, float]]) -> None:
         """Count predictions, of which class and probability are `told`, and put the latter into a histogram."""
         self.told.extend(told)
 
     def batch(self, requests: int) -> None:
         """Count a batch that is over."""
-        self.add("distillery_requests_total", requests)
-        self.observe("distillery_batch_requests", requests)
+        self.noted["distillery_batch_requests"].append(requests)
         if not self.scheduled:
             timer = threading.Timer(max(DELAY_S, self.due - time.monotonic()), self.flush)
             timer.daemon = True
@@ -136,6 +132,8 @@ class Metrics:
             for name, bounds in HISTOGRAMS.items():
                 if values := _taken(self.noted[name]):
                     found |= _histogram(name, bounds, values)
+            if requests := found.get(("distillery_batch_requests_sum", "")):
+                found["distillery_requests_total", ""] = requests
             totals = dict(self.totals())
             found |= {key: n - self.seen.get(key, 0) for key, n in totals.items() if n != self.seen.get(key)}
             self.seen = totals

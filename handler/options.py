@@ -44,8 +44,8 @@ class Wishes(NamedTuple):
     describe: bool
 
 
-def wishes(headers: Mapping[str, str]) -> Wishes:
-    """What the headers ask for; BadInput `bad_option`.
+def wishes(headers: Mapping[str, str], own: str = "") -> Wishes:
+    """What the headers ask for; BadInput `bad_option`. `own` is the type of the part itself, which goes before theirs.
 
     `explain` and `describe` are TorchServe's, spelled as it spells them: for `/explanations` and for a description. On
     `/predictions` it overwrites a client's `explain`, and it leaves none beside a `describe` of its own.
@@ -60,7 +60,7 @@ def wishes(headers: Mapping[str, str]) -> Wishes:
             raise BadInput("bad_option", 'X-Options: expected a JSON object such as {"top_k": 3}') from None
     look_up, store = control.isdisjoint({"no-cache", "no-store"}), "no-store" not in control
     describe = headers.get("describe") == "True" and "explain" not in headers
-    return Wishes(media(lower.get("content-type", "")), look_up, store, options, describe)
+    return Wishes(media(own) or media(lower.get("content-type", "")), look_up, store, options, describe)
 
 
 @functools.lru_cache(256)

@@ -26,6 +26,8 @@ if TYPE_CHECKING:  # these load torch
     from handler.model import ModelInterface
 
 log = logging.getLogger(__name__)
+SHORT_BYTES, REMEMBERED = 4096, 4096
+"""Up to which size a request's kind and key are remembered, which is faster than to hash it again, and of how many."""
 
 
 class Service:
@@ -43,7 +45,8 @@ class Service:
     ) -> None:
         self.model, self.cache, self.limits, self.metrics = model, cache, limits, metrics
         self.inside, self.description = inside, description
-        self.contract = model.contract
+        self.contract, self.timed = model.contract, metrics.timed
+        self._known = functools.lru_cache(REMEMBERED)(self._identity)
         self.later: list[Callable[[], object]] = []
         fresh, kept = answer.tail("model", identity), answer.tail("cache", identity)
         self.tails: dict[Outcome, bytes] = {"HIT": kept, "MISS": fresh, "BYPASS": fresh}
@@ -57,19 +60,18 @@ class Service:
     def respond(self, requests: Sequence[Request]) -> list[Answer]:
         """As `answer`, but what no answer waits for is left to `settle`."""
         self.settle()
-        with self.metrics.timed("batch"):
+        with self.timed["batch"]:
             batch = [Work(request, request.error) for request in requests]
             try:
                 each(self._identify, batch)
                 known = [work for work in batch if work.key]
-                with self.metrics.timed("lookup"):
+                with self.timed["lookup"]:
                     self._look_up(known)
                 if missed := [work for work in known if work.head is None]:
                     self._compute(missed)
             except Exception:
                 log.exception("a batch failed; requests %s", ", ".join(request.request_id for request in requests))
-            with self.metrics.timed("encode"):
-                answers = [self._close(work) for work in batch]
+            answers = [self._close(work) for work in batch]
         self.later.append(lambda: self.metrics.batch(len(requests)))
         return answers
 
@@ -86,9 +88,13 @@ class Service:
         request = work.request
         if work.error or request.describe:
             return
-        work.kind = codecs.kind_of(request.payload, request.content_type, self.contract)
-        asked = f"{work.kind} {request.options}" if request.options else work.kind
-        work.key = self.cache.key(asked, request.payload)
+        short = len(request.payload) + len(request.content_type) <= SHORT_BYTES
+        identity = self._known if short else self._identity
+        work.kind, work.key = identity(request.payload, request.content_type, request.options)
+
+    def _identity(self, payload: bytes, content_type: str, options: Options | None) -> tuple[codecs.Kind, bytes]:
+        kind = codecs.kind_of(payload, content_type, self.contract)
+        return kind, self.cache.key(f"{kind} {options}" if options else kind, payload)
 
     def _look_up(self, batch: list[Work]) -> None:
         asking = [work for work in batch if work.request.look_up]
@@ -122,7 +128,7 @@ class Service:
 
     def _run(self, leads: list[Work], claimed: set[bytes]) -> None:
         """Decode, forward, encode, store; a claim on what got no answer is given up."""
-        with self.metrics.timed("decode"):
+        with self.timed["decode"]:
             each(self._decode, leads)
         try:
             self._forward([(work, work.item) for work in leads if work.item is not None])
@@ -138,9 +144,9 @@ class Service:
         """Heads for all, from one call of the model; logits that are not finite fail their own request only."""
         if not batch:
             return
-        with self.metrics.timed("inference"):
+        with self.timed["inference"]:
             logits = self.model.predict(codecs.stacked([item for _, item in batch], self.contract))
-        with self.metrics.timed("encode"):
+        with self.timed["encode"]:
             scores = Scores(logits)
             self._encode(batch, scores)
         self.later.append(lambda: self.metrics.predicted(scores.told(self.contract.labels)))

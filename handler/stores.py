@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from math import inf
 from typing import Protocol
 
+_NOTHING: tuple[float, None] = -inf, None  # where a key has no entry
 OVERHEAD_BYTES = 300  # what CPython keeps around one entry: two byte strings, a tuple, a float, a link of the order
 
 
@@ -49,26 +50,24 @@ class MemoryStore:
 
     def get_many(self, keys: Sequence[bytes]) -> list[bytes | None]:
         """The value of each key, which is then the most recently used; None where there is none (any more)."""
-        now = self.clock()
-        return [self._get(key, now) for key in keys]
+        now, kept = self.clock(), self._kept
+        found: list[bytes | None] = []
+        for key in keys:
+            deadline, value = kept.get(key, _NOTHING)
+            if now < deadline:
+                kept.move_to_end(key)
+            elif value is not None:
+                self._drop(key)
+                self.expired += 1
+                value = None
+            found.append(value)
+        return found
 
     def put_many(self, entries: Mapping[bytes, bytes], life_s: float = inf) -> None:
         """Keep the entries, and let go of the least recently used until both bounds hold."""
         now = self.clock()
         for key, value in entries.items():
             self._put(key, value, now, min(life_s, self.ttl_s))
-
-    def _get(self, key: bytes, now: float) -> bytes | None:
-        found = self._kept.get(key)
-        if found is None:
-            return None
-        deadline, value = found
-        if now >= deadline:
-            self._drop(key)
-            self.expired += 1
-            return None
-        self._kept.move_to_end(key)
-        return value
 
     def _put(self, key: bytes, value: bytes, now: float, life_s: float) -> None:
         if key in self._kept:

@@ -124,12 +124,11 @@ def _request_of(row: Mapping[str, Any], context: Any, index: int) -> Request:
 def _request(request_id: str, parts: Parts, read: Callable[[T], Wishes], headers: T) -> Request:
     """A request out of the parts of its body and its headers; whatever is wrong with it stays with it."""
     try:
-        own, value = _part(parts)
-        named, look_up, store, options, description = read(headers)
+        own, value = parts[0][1:] if len(parts) == 1 and parts[0][0] == "body" else _part(parts)
+        content_type, look_up, store, options, description = read(headers, own)
         if description and not parts:  # whereas a prediction has a part, be it empty
             return Request(request_id=request_id, describe=True)
-        content_type = media(own) or named
-        payload = _payload(value, content_type)
+        payload = value if isinstance(value, bytes) else _payload(value, content_type)
         return Request(payload, content_type, request_id, look_up, store, options)
     except ServeError as error:
         return Request(request_id=request_id, error=error)
@@ -139,8 +138,8 @@ def _request(request_id: str, parts: Parts, read: Callable[[T], Wishes], headers
 
 
 @functools.lru_cache(256)  # clients repeat themselves
-def _wishes_in_frame(headers: bytes) -> Wishes:
-    return wishes(frames.parsed(headers))
+def _wishes_in_frame(headers: bytes, own: str) -> Wishes:
+    return wishes(frames.parsed(headers), own)
 
 
 def _type_of_part(headers: Mapping[str, Any], name: str) -> str:

@@ -65,7 +65,7 @@ def decode(
 def stacked(items: Sequence[Item], contract: Contract) -> image.Pixels:
     """The images of all items, in order, as one contiguous array uint8 `[N, C, H, W]`."""
     raw = [item.pixels for item in items if isinstance(item.pixels, bytes)]
-    if len(raw) == len(items):  # in one copy
-        return np.array(image.raw(b"".join(raw), contract), order="C")
+    if len(raw) == len(items):  # in one copy, which torch may write to
+        return np.ascontiguousarray(image.raw(bytearray().join(raw), contract))
     parts = [image.raw(p, contract) if isinstance(p, bytes) else p for p in (item.pixels for item in items)]
     return np.ascontiguousarray(np.concatenate(parts))

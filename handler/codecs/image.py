@@ -51,10 +51,10 @@ def layout(contract: Contract, unit: str) -> str:
     return f"{contract.size} {unit} ({contract.height}×{contract.width}×{contract.channels})"
 
 
-def raw(payload: bytes, contract: Contract) -> Pixels:
+def raw(payload: bytes | bytearray, contract: Contract) -> Pixels:
     """N·H·W·C bytes as uint8 `[N, C, H, W]`; a view, nothing is copied."""
-    pixels = np.frombuffer(payload, np.uint8)
-    return pixels.reshape(-1, contract.height, contract.width, contract.channels).transpose(0, 3, 1, 2)
+    shape = len(payload) // contract.size, contract.height, contract.width, contract.channels
+    return np.ndarray(shape, np.uint8, payload).transpose(0, 3, 1, 2)
 
 
 def decode(payload: bytes, contract: Contract, budget: int) -> tuple[bytes, int]:

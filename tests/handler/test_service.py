@@ -101,10 +101,10 @@ def test_nothing_to_compute_asks_the_model_nothing(bench: Bench) -> None:
 def test_storing_and_counting_wait_until_the_answers_are_sent(bench: Bench) -> None:
     """An adapter that can do so sends what `respond` gives and settles then; the next batch finds it settled anyway."""
     assert outcomes(bench.service.respond([raw(1, 2, 3)])) == ["MISS"]
-    assert not len(bench.store) and not bench.metrics.pending and not bench.metrics.told
+    assert not len(bench.store) and not bench.metrics.noted["distillery_batch_requests"] and not bench.metrics.told
     bench.service.settle()
     assert len(bench.store) == 1
-    assert bench.metrics.pending["distillery_requests_total", ""] == 1
+    assert list(bench.metrics.noted["distillery_batch_requests"]) == [1]
     assert [label for label, _ in bench.metrics.told] == ["c"]
     assert outcomes(bench.service.respond([raw(4, 5, 6)])) == ["MISS"]
     assert outcomes(bench.service.respond([raw(1, 2, 3), raw(4, 5, 6)])) == ["HIT", "HIT"]
@@ -114,7 +114,7 @@ def test_what_cannot_be_stored_is_logged_and_the_rest_is_done(bench: Bench, capl
     bench.cache.put = lambda _: 1 / 0  # type: ignore[method-assign, assignment]
     assert outcomes(bench.ask(raw(1, 2, 3))) == ["MISS"]
     assert "an answer is not stored, or not counted" in caplog.text and "ZeroDivisionError" in caplog.text
-    assert bench.metrics.pending["distillery_requests_total", ""] == 1
+    assert list(bench.metrics.noted["distillery_batch_requests"]) == [1]
 
 
 def test_equal_requests_of_a_batch_are_computed_once(bench: Bench) -> None:

@@ -266,7 +266,7 @@ def test_a_fault_of_ours_is_500_for_its_request_only(
 def test_a_row_that_cannot_be_read_is_500_for_itself_only(
     worker: Worker, images: Pixels, golden: Golden, monkeypatch: pytest.MonkeyPatch, caplog: Any
 ) -> None:
-    def broken(headers: Any) -> Any:
+    def broken(headers: Any, own: str) -> Any:
         if "BOOM" in headers:
             raise RuntimeError("told so")
         return wishes(headers)
