@@ -120,12 +120,12 @@ def _torchscript(path: Path, setup: Setup) -> Forward:
 
 def _onnx(path: Path, setup: Setup) -> Forward:
     """ONNX Runtime: for small networks several times faster than eager on a CPU. A name that ends in .xz is packed."""
-    return session(path, "CPUExecutionProvider", setup.device, setup.threads)
+    return session(path, "CPUExecutionProvider", setup.device, setup.threads, len(setup.contract.labels))
 
 
 def _tensorrt(path: Path, setup: Setup) -> Forward:
     """ONNX Runtime's TensorRT, on an NVIDIA GPU; it compiles while it warms up."""
-    return session(path, "TensorrtExecutionProvider", setup.device, setup.threads)
+    return session(path, "TensorrtExecutionProvider", setup.device, setup.threads, len(setup.contract.labels))
 
 
 ENGINES = {

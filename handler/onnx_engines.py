@@ -4,16 +4,42 @@ B images, C channels, H and W pixels, K classes; images are uint8 `[B, C, H, W]`
 """
 
 import lzma
+from collections import defaultdict, deque
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from handler.errors import BundleError, line
 
+FEW = 8  # images, for which it shows what ONNX Runtime does around its graph
+Pixels = NDArray[np.uint8]
+Logits = NDArray[np.float32]
 
-def session(path: Path, provider: str, device: str, threads: int) -> Callable[[NDArray[np.uint8]], NDArray[np.float32]]:
+
+class Bound:
+    """A graph with memory for batches of one `shape`: `run` would check its input and make an output each time.
+
+    For one thread at a time.
+    """
+
+    def __init__(self, graph: Any, shape: tuple[int, ...], classes: int) -> None:
+        self.graph, self.binding = graph, graph.io_binding()
+        self.pixels, self.logits = np.empty(shape, np.uint8), np.empty((shape[0], classes), np.float32)
+        given, found = graph.get_inputs()[0].name, graph.get_outputs()[0].name
+        self.binding.bind_input(given, "cpu", 0, np.uint8, self.pixels.shape, self.pixels.ctypes.data)
+        self.binding.bind_output(found, "cpu", 0, np.float32, self.logits.shape, self.logits.ctypes.data)
+
+    def __call__(self, images: Pixels) -> Logits:
+        """Logits float32 `[B, K]` of uint8 `[B, C, H, W]`."""
+        self.pixels[:] = images
+        self.graph.run_with_iobinding(self.binding)
+        return self.logits.copy()
+
+
+def session(path: Path, provider: str, device: str, threads: int, classes: int) -> Callable[[Pixels], Logits]:
     """The graph in `path` as a function of images, run by `provider`; BundleError when it cannot be loaded here."""
     try:
         import onnxruntime  # a worker that runs eager need not have it
@@ -36,8 +62,19 @@ def session(path: Path, provider: str, device: str, threads: int) -> Callable[[N
         raise BundleError(f"{path}: ONNX Runtime cannot load it: {line(error)}") from error
     name, outputs = graph.get_inputs()[0].name, [graph.get_outputs()[0].name]
 
-    def forward(images: NDArray[np.uint8]) -> NDArray[np.float32]:
-        logits: NDArray[np.float32] = graph.run(outputs, {name: images})[0]
-        return logits
+    idle: defaultdict[int, deque[Bound]] = defaultdict(deque)
+
+    def forward(images: Pixels) -> Logits:
+        if len(images) > FEW:
+            many: Logits = graph.run(outputs, {name: images})[0]
+            return many
+        waiting = idle[len(images)]
+        try:
+            bound = waiting.pop()
+        except IndexError:  # a new size, or all are with other threads
+            bound = Bound(graph, images.shape, classes)
+        few = bound(images)
+        waiting.append(bound)
+        return few
 
     return forward
