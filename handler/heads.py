@@ -33,7 +33,7 @@ class Scores:
             self.rows = [_softmax(row) if sound else [] for row, sound in zip(values, self.sound, strict=True)]
             self.ids = [row.index(max(row)) for row in values]
         else:
-            finite = np.isfinite(logits).all(axis=1)
+            finite: NDArray[np.bool_] = np.asarray(np.isfinite(logits).all(axis=1))
             self.sound = finite.tolist()
             self.rows = probabilities(np.where(finite[:, np.newaxis], logits, 0)).round(answer.DIGITS).tolist()
             self.ids = logits.argmax(axis=1).tolist()

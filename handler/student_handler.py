@@ -25,7 +25,7 @@ from handler.inside import Inside
 from handler.messages import Answer, Request
 from handler.metrics import Metrics, resident, to_torchserve
 from handler.model import load_model, replay
-from handler.options import Wishes, media, wishes
+from handler.options import Wishes, wishes
 from handler.service import Service
 from handler.settings import HandlerSettings, environment, load
 
@@ -121,7 +121,7 @@ def _request_of(row: Mapping[str, Any], context: Any, index: int) -> Request:
     return _request(str(context.get_request_id(index)), parts, wishes, texts)
 
 
-def _request(request_id: str, parts: Parts, read: Callable[[T], Wishes], headers: T) -> Request:
+def _request(request_id: str, parts: Parts, read: Callable[[T, str], Wishes], headers: T) -> Request:
     """A request out of the parts of its body and its headers; whatever is wrong with it stays with it."""
     try:
         own, value = parts[0][1:] if len(parts) == 1 and parts[0][0] == "body" else _part(parts)

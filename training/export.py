@@ -23,6 +23,7 @@ from handler.contract import Contract
 from handler.engines import INT8, PROCESSOR
 from handler.errors import DistilleryError, line
 from training.config import LEAST
+from training.lean import lean
 
 INPUT, OUTPUT = "pixels", "logits"
 OPSET = 20
@@ -54,7 +55,9 @@ class Source:
 def to_onnx(source: Source, path: Path) -> None:
     """ONNX, checked by onnx.checker; without what only the exporter's debugging needs."""
     with _exporting(source, path) as temporary:
-        temporary.write_bytes(_bytes(_onnx(source), source.contract))
+        model = _onnx(source)
+        lean(model)
+        temporary.write_bytes(_bytes(model, source.contract))
 
 
 def to_onnx_int8(source: Source, path: Path) -> None:
