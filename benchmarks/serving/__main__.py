@@ -44,7 +44,7 @@ def options_of(arguments: list[str] | None) -> argparse.Namespace:
     p.add_argument("--bundle", type=Path, default=Path("runs/full/bundle"), help="the student (default: %(default)s)")
     p.add_argument("--table", choices=RUNTIMES, default="same-runtime", help="ONNX Runtime for all, or PyTorch")
     p.add_argument("--peers", type=_names, default=DEFAULT, metavar="A,B", help=f"all, or of {', '.join(CONTESTANTS)}")
-    p.add_argument("--reference", default="distillery-throughput", help="whose ratios are shown (default: %(default)s)")
+    p.add_argument("--reference", help="whose ratios are shown (default: the first of the peers)")
     p.add_argument("--forms", nargs="+", choices=("raw", "png"), default=["raw"])
     p.add_argument("--traffic", nargs="+", choices=("unique", "zipf", *REPEATS), default=["unique"])
     p.add_argument("--exponent", type=float, default=1.0, help="of Zipf's law (default: %(default)s)")
@@ -59,6 +59,7 @@ def options_of(arguments: list[str] | None) -> argparse.Namespace:
     p.add_argument("--environments", type=Path, default=Path.home() / ".cache" / "distillery" / "serving")
     p.add_argument("--out", type=Path, metavar="FILE.json", help="FILE.md and charts are written beside it")
     found = p.parse_args(arguments)
+    found.reference = found.reference or found.peers[0]
     if found.quick:
         found.rounds, found.seconds, found.warm_up, found.clients = 1, 1, 0, [1, 32]
     if min(found.rounds, found.seconds, found.workers, *found.clients) < 1 or found.warm_up < 0:
