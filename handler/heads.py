@@ -28,27 +28,29 @@ class Scores:
         self.rows: list[list[float]]
         self.ids: list[int]
         if logits.size <= FEW:
-            values: list[list[float]] = logits.tolist()
-            self.sound = [isfinite(sum(row)) for row in values]  # float32 cannot overflow the sum
-            self.rows = [_softmax(row) if sound else [] for row, sound in zip(values, self.sound, strict=True)]
-            self.ids = [row.index(max(row)) for row in values]
+            self.sound, self.rows, self.ids = [], [], []
+            for row in logits.tolist():
+                self._add(row)
         else:
             finite: NDArray[np.bool_] = np.asarray(np.isfinite(logits).all(axis=1))
             self.sound = finite.tolist()
             self.rows = probabilities(np.where(finite[:, np.newaxis], logits, 0)).round(answer.DIGITS).tolist()
             self.ids = logits.argmax(axis=1).tolist()
 
+    def _add(self, logits: list[float]) -> None:
+        """One more image; as `probabilities` and its rounding."""
+        top, sound, row = max(logits), isfinite(sum(logits)), list[float]()  # float32 cannot overflow the sum
+        if sound:
+            powers = list(map(exp, [logit - top for logit in logits]))
+            total = sum(powers)
+            row = [round(power / total * UNIT) / UNIT for power in powers]
+        self.sound.append(sound)
+        self.rows.append(row)
+        self.ids.append(logits.index(top))
+
     def told(self, labels: Sequence[str]) -> list[tuple[str, float]]:
         """The class of each sound image, and its probability."""
         return [(labels[k], row[k]) for k, row, sound in zip(self.ids, self.rows, self.sound, strict=True) if sound]
-
-
-def _softmax(logits: Sequence[float]) -> list[float]:
-    """As `probabilities` and its rounding, of one row."""
-    top = max(logits)
-    powers = [exp(logit - top) for logit in logits]
-    total = sum(powers)
-    return [round(power / total * UNIT) / UNIT for power in powers]
 
 
 def shaped(
