@@ -124,7 +124,8 @@ def _request_of(row: Mapping[str, Any], context: Any, index: int) -> Request:
 def _request(request_id: str, parts: Parts, read: Callable[[T, str], Wishes], headers: T) -> Request:
     """A request out of the parts of its body and its headers; whatever is wrong with it stays with it."""
     try:
-        own, value = parts[0][1:] if len(parts) == 1 and parts[0][0] == "body" else _part(parts)
+        plain = len(parts) == 1 and parts[0][0] == "body"  # nearly all are
+        own, value = parts[0][1:] if plain else _part(parts)
         content_type, look_up, store, options, description = read(headers, own)
         if description and not parts:  # whereas a prediction has a part, be it empty
             return Request(request_id=request_id, describe=True)
@@ -149,8 +150,6 @@ def _type_of_part(headers: Mapping[str, Any], name: str) -> str:
 
 def _part(parts: Parts) -> tuple[str, Any]:
     """Type and value of the part that holds the image; of several with one name it is the last."""
-    if len(parts) == 1 and parts[0][0] == "body":  # nearly all
-        return parts[0][1:]
     found = {name: (kind, value) for name, kind, value in parts}
     if found.keys() and found.keys().isdisjoint({"data", "body"}):
         raise BadInput("empty_body", f"expected a part named 'data', got {sorted(map(str, found))[:3]}")
@@ -158,9 +157,7 @@ def _part(parts: Parts) -> tuple[str, Any]:
 
 
 def _payload(value: Any, content_type: str) -> bytes:
-    """The bytes of a part; what the server has decoded already is encoded again, so that one way leads on."""
-    if isinstance(value, bytes):
-        return value
+    """The bytes of a part that came otherwise; what the server has decoded is encoded again: one way leads on."""
     if isinstance(value, bytearray):
         return bytes(value)
     if isinstance(value, str) and content_type.startswith("text/"):
