@@ -13,6 +13,9 @@ from numpy.typing import NDArray
 from handler.errors import BundleError, SettingsError
 from handler.settings import load
 
+Pixels = NDArray[np.uint8]
+Logits = NDArray[np.float32]
+
 
 @dataclass(frozen=True, kw_only=True)
 class Contract:

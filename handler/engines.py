@@ -9,22 +9,18 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.export import ExportedProgram
 from torch.export.passes import move_to_device_pass
 
 from handler.bundle import FILES
-from handler.contract import Contract
+from handler.contract import Contract, Logits, Pixels
 from handler.errors import BundleError, SettingsError, line
 from handler.networks import build
 from handler.onnx_engines import session
 from handler.widths import fit
 
-Pixels = NDArray[np.uint8]
-Logits = NDArray[np.float32]
 Forward = Callable[[Pixels], Logits]
 INT8 = "onnx-int8"
 PROCESSOR = "processor"

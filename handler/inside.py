@@ -15,8 +15,8 @@ from numpy.typing import NDArray
 from torch import nn
 
 from handler.bundle import FILES
-from handler.contract import Contract
-from handler.engines import Pixels, network_of, on_torch
+from handler.contract import Contract, Pixels
+from handler.engines import network_of, on_torch
 from handler.errors import NotOffered
 from handler.networks import NETWORKS
 

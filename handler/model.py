@@ -16,8 +16,8 @@ import numpy as np
 import torch
 
 from handler.choice import Choice, choose, device_of, read_evidence
-from handler.contract import Contract, probabilities
-from handler.engines import ENGINES, SHORT, Logits, Pixels, Setup
+from handler.contract import Contract, Logits, Pixels, probabilities
+from handler.engines import ENGINES, SHORT, Setup
 from handler.errors import BundleError, line
 from handler.settings import HandlerSettings
 

@@ -10,13 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
+from handler.contract import Logits, Pixels
 from handler.errors import BundleError, line
 
 FEW = 8  # images, for which it shows what ONNX Runtime does around its graph
-Pixels = NDArray[np.uint8]
-Logits = NDArray[np.float32]
 
 
 class Bound:
