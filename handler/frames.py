@@ -28,14 +28,15 @@ END = _pack(-1)
 
 @dataclass(slots=True)
 class Message:
-    """A request as it came; `headers` is their part of the frame, which `parsed` reads.
-
-    `parts` are (name, Content-Type, value): one named "body", or those of a multipart body.
-    """
+    """A request as it came."""
 
     request_id: str
-    headers: bytes
-    parts: list[tuple[str, str, bytes]]
+    headers: bytes  # as they stand in the frame; `parsed` reads them
+    parts: list[tuple[str, str, bytes]]  # name, Content-Type, value: one named "body", or those of a multipart body
+
+
+Likely = tuple[bytes, Message] | None
+"""A request of one part, and all of its frame between id and value: clients repeat themselves."""
 
 
 class Incomplete(Exception):
@@ -47,7 +48,8 @@ class Reader:
 
     def __init__(self, upstream: Callable[[Any], tuple[bytes, Any]], settle: Callable[[], None] = lambda: None) -> None:
         self.upstream, self.settle = upstream, settle
-        self.data, self.at, self.headers = b"", 0, END
+        self.data, self.at = b"", 0
+        self.likely: Likely = None
 
     def message(self, connection: Any) -> tuple[bytes, Any]:
         """The next command and what belongs to it; ends the process, as upstream does, when the front end is gone."""
@@ -70,13 +72,12 @@ class Reader:
         batch: list[Message] = []
         while True:
             try:
-                message, self.at = request(self.data, self.at, self.headers)
+                message, self.at, self.likely = request(self.data, self.at, self.likely)
             except (struct.error, Incomplete) as error:
                 self._read(error.args[0] if isinstance(error, Incomplete) else 1)
             else:
                 if message is None:
                     return batch
-                self.headers = message.headers
                 batch.append(message)
 
     def _read(self, least: int) -> None:
@@ -92,19 +93,25 @@ class Reader:
         self.data, self.at = b"".join(pieces), 0
 
 
-def request(data: bytes, at: int, likely: bytes) -> tuple[Message | None, int]:
-    """The request that begins at `at`, None for the end of the batch, and where the next begins.
+def request(data: bytes, at: int, likely: Likely) -> tuple[Message | None, int, Likely]:
+    """The request that begins at `at`, None for the end of the batch; where the next begins; what that is likely like.
 
-    `likely` are the headers of the request before, for one client sends the same again and again. Raises
-    struct.error or Incomplete where `data` ends too early.
+    Raises struct.error or Incomplete where `data` ends too early.
     """
-    (length,) = _unpack(data, at)
-    if length < 0:
-        return None, at + 4
-    request_id = data[at + 4 : at + 4 + length].decode()
-    at += 4 + length
-    headers = likely if data.startswith(likely, at) else data[at : _behind_headers(data, at)]
-    at, parts = at + len(headers), []
+    if (length := _unpack(data, at)[0]) < 0:
+        return None, at + 4, likely
+    request_id, at = data[at + 4 : at + 4 + length].decode(), at + 4 + length
+    if likely and data.startswith(likely[0], at):
+        begin, [(known, alike, last)] = at + len(likely[0]), likely[1].parts
+        end = begin + len(last)
+        if data[end : end + 4] == END:
+            return Message(request_id, likely[1].headers, [(known, alike, data[begin:end])]), end + 4, likely
+    begin, parts = at, []
+    while (length := _unpack(data, at)[0]) >= 0:
+        at += 4 + length
+        at += 4 + _unpack(data, at)[0]
+    at += 4
+    headers = data[begin:at]
     while (length := _unpack(data, at)[0]) >= 0:
         name, at = data[at + 4 : at + 4 + length], at + 4 + length
         (length,) = _unpack(data, at)
@@ -114,25 +121,19 @@ def request(data: bytes, at: int, likely: bytes) -> tuple[Message | None, int]:
         if at > len(data):
             raise Incomplete(at - len(data))
         parts.append((name.decode(), kind.decode(), value))
-    return Message(request_id, headers, parts), at + 4
-
-
-def _behind_headers(data: bytes, at: int) -> int:
-    while (length := _unpack(data, at)[0]) >= 0:
-        at += 4 + length
-        at += 4 + _unpack(data, at)[0]
-    return at + 4
+    message = Message(request_id, headers, parts)
+    if len(parts) == 1:
+        likely = data[begin : at - len(value)], message
+    return message, at + 4, likely
 
 
 def parsed(headers: bytes) -> dict[str, str]:
     """The headers of a message; of those with one name the last."""
     found, at = {}, 0
     while (length := _unpack(headers, at)[0]) >= 0:
-        name = headers[at + 4 : at + 4 + length]
-        at += 4 + length
+        name, at = headers[at + 4 : at + 4 + length].decode(), at + 4 + length
         (length,) = _unpack(headers, at)
-        found[name.decode()] = headers[at + 4 : at + 4 + length].decode()
-        at += 4 + length
+        found[name], at = headers[at + 4 : at + 4 + length].decode(), at + 4 + length
     return found
 
 
@@ -166,8 +167,7 @@ def install(answer: Callable[[list[Message]], list[Answer]], settle: Callable[[]
     `answer` says what each message of a batch gets; `settle` is called when that is sent.
     """
     modules: dict[str, Any] = sys.modules  # of TorchServe, which is not ours to import
-    worker = modules["__main__"]
-    if not hasattr(worker, "retrieve_msg"):
+    if not hasattr(worker := modules["__main__"], "retrieve_msg"):
         return
     if (version := modules["ts"].__version__) != PROVED:
         log.warning("TorchServe %s: its own protocol code is used, for ours was proved against %s", version, PROVED)

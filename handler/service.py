@@ -7,19 +7,20 @@ kind, key ─► look up ─┬─ hits ─────────────�
 
 import functools
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
+from time import perf_counter
 from typing import TYPE_CHECKING
 
 from handler import codecs
 from handler.cache import CacheManager
 from handler.codecs import answer
 from handler.errors import Internal
-from handler.heads import Scores, shaped
+from handler.heads import Scores, head_each
 from handler.messages import Answer, Outcome, Request
 from handler.metrics import Metrics
 from handler.options import Options
 from handler.settings import LimitSettings
-from handler.work import Work, each
+from handler.work import Work, done, each
 
 if TYPE_CHECKING:  # these load torch
     from handler.inside import Inside
@@ -45,7 +46,7 @@ class Service:
     ) -> None:
         self.model, self.cache, self.limits, self.metrics = model, cache, limits, metrics
         self.inside, self.description = inside, description
-        self.contract, self.timed = model.contract, metrics.timed
+        self.contract, self.seconds = model.contract, metrics.seconds
         self._known = functools.lru_cache(REMEMBERED)(self._identity)
         self.later: list[Callable[[], object]] = []
         fresh, kept = answer.tail("model", identity), answer.tail("cache", identity)
@@ -60,18 +61,16 @@ class Service:
     def respond(self, requests: Sequence[Request]) -> list[Answer]:
         """As `answer`, but what no answer waits for is left to `settle`."""
         self.settle()
-        with self.timed["batch"]:
-            batch = [Work(request, request.error) for request in requests]
-            try:
-                each(self._identify, batch)
-                known = [work for work in batch if work.key]
-                with self.timed["lookup"]:
-                    self._look_up(known)
-                if missed := [work for work in known if work.head is None]:
-                    self._compute(missed)
-            except Exception:
-                log.exception("a batch failed; requests %s", ", ".join(request.request_id for request in requests))
-            answers = [self._close(work) for work in batch]
+        began = perf_counter()
+        batch = [Work(request, request.error) for request in requests]
+        try:
+            each(self._identify, batch)
+            if missed := self._look_up([work for work in batch if work.key]):
+                self._compute(missed)
+        except Exception:
+            log.exception("a batch failed; requests %s", ", ".join(request.request_id for request in requests))
+        answers = [self._close(work) for work in batch]
+        self.seconds["batch"].append(perf_counter() - began)
         self.later.append(lambda: self.metrics.batch(len(requests)))
         return answers
 
@@ -86,28 +85,32 @@ class Service:
 
     def _identify(self, work: Work) -> None:
         request = work.request
-        if work.error or request.describe:
-            return
-        short = len(request.payload) + len(request.content_type) <= SHORT_BYTES
-        identity = self._known if short else self._identity
-        work.kind, work.key = identity(request.payload, request.content_type, request.options)
+        if not (work.error or request.describe):
+            short = len(request.payload) + len(request.content_type) <= SHORT_BYTES
+            identity = self._known if short else self._identity
+            work.kind, work.key = identity(request.payload, request.content_type, request.options)
 
     def _identity(self, payload: bytes, content_type: str, options: Options | None) -> tuple[codecs.Kind, bytes]:
         kind = codecs.kind_of(payload, content_type, self.contract)
         return kind, self.cache.key(f"{kind} {options}" if options else kind, payload)
 
-    def _look_up(self, batch: list[Work]) -> None:
-        asking = [work for work in batch if work.request.look_up]
-        if len(asking) < len(batch):
-            self.cache.bypassed += len(batch) - len(asking)
-            for work in batch:
-                work.outcome = "MISS" if work.request.look_up else "BYPASS"
+    def _look_up(self, batch: list[Work]) -> list[Work]:
+        """Heads for what the cache has; the rest is returned."""
+        began, missed = perf_counter(), [work for work in batch if not work.request.look_up]
+        for work in missed:
+            work.outcome = "BYPASS"
+        self.cache.bypassed += len(missed)
+        asking = [work for work in batch if work.request.look_up] if missed else batch
         for work, head in zip(asking, self.cache.look_up([work.key for work in asking]), strict=True):
-            if head is not None:
+            if head is None:
+                missed.append(work)
+            else:
                 work.head, work.outcome = head, "HIT"
+        self.seconds["lookup"].append(perf_counter() - began)
+        return missed
 
     def _compute(self, missed: list[Work]) -> None:
-        """Heads for what the cache lacks: computed here, or by the worker that was first to be asked the same."""
+        """Heads for what the cache lacks, each computed once however many ask the same."""
         leads: dict[bytes, Work] = {}
         for work in missed:
             lead = leads.setdefault(work.key, work)
@@ -115,56 +118,56 @@ class Service:
             lead.fresh |= not work.request.look_up
             lead.storable |= work.request.store
         self.cache.deduplicated += len(missed) - len(leads)
+        if self.cache.shared:
+            self._share(leads, missed)
+        else:
+            self._run(leads.values())
+
+    def _share(self, leads: dict[bytes, Work], missed: list[Work]) -> None:
+        """Heads, computed here or by the worker that was first to be asked the same.
+
+        A claim on what got no answer to keep is given up.
+        """
         ours = self.cache.claim([key for key, lead in leads.items() if not lead.fresh])
         others = [key for key, lead in leads.items() if not lead.fresh and key not in ours]
-        self._run([lead for key, lead in leads.items() if lead.fresh or key in ours], ours)
+        try:
+            self._run([lead for key, lead in leads.items() if lead.fresh or key in ours])
+        finally:
+            self.later.append(lambda: self.cache.release(ours - done(leads.values()).keys()))
         if others:
             self.settle()  # somebody may wait for ours
             came = self.cache.wait(others)
             for work in missed:
                 if work.key in came:
                     work.head, work.outcome = came[work.key], "HIT"
-            self._run([leads[key] for key in others if key not in came], set())
+            self._run([leads[key] for key in others if key not in came])
 
-    def _run(self, leads: list[Work], claimed: set[bytes]) -> None:
-        """Decode, forward, encode, store; a claim on what got no answer is given up."""
-        with self.timed["decode"]:
-            each(self._decode, leads)
+    def _run(self, leads: Collection[Work]) -> None:
+        """Decode, forward, encode, store."""
+        began = perf_counter()
+        each(self._decode, leads)
+        self.seconds["decode"].append(perf_counter() - began)
         try:
-            self._forward([(work, work.item) for work in leads if work.item is not None])
+            self._forward([work for work in leads if work.item is not codecs.NOTHING])
         finally:
-            done = {work.key: work.head for work in leads if work.head is not None and work.storable}
-            self.later += lambda: self.cache.put(done), lambda: self.cache.release(claimed - done.keys())
+            self.later.append(lambda: self.cache.put(done(leads)))
 
     def _decode(self, work: Work) -> None:
         request = work.request
         work.item = codecs.decode(work.kind, request.payload, self.contract, self.limits, request.options)
 
-    def _forward(self, batch: list[tuple[Work, codecs.Item]]) -> None:
-        """Heads for all, from one call of the model; logits that are not finite fail their own request only."""
+    def _forward(self, batch: list[Work]) -> None:
+        """Heads for all, from one call of the model."""
         if not batch:
             return
-        with self.timed["inference"]:
-            logits = self.model.predict(codecs.stacked([item for _, item in batch], self.contract))
-        with self.timed["encode"]:
-            scores = Scores(logits)
-            self._encode(batch, scores)
+        began = perf_counter()
+        logits = self.model.predict(codecs.stacked([work.item for work in batch], self.contract))
+        computed = perf_counter()
+        scores = Scores(logits)
+        head_each(batch, scores, self.contract, self.inside)
+        self.seconds["inference"].append(computed - began)
+        self.seconds["encode"].append(perf_counter() - computed)
         self.later.append(lambda: self.metrics.predicted(scores.told(self.contract.labels)))
-
-    def _encode(self, batch: list[tuple[Work, codecs.Item]], scores: Scores) -> None:
-        start, rows, ids, sound = 0, scores.rows, scores.ids, scores.sound
-        for work, item in batch:
-            end = start + item.count
-            if not all(sound[start:end]):
-                log.error("request %s: the model's logits are not finite", work.request.request_id)
-            elif item.options:
-                each(functools.partial(self._shape, item, item.options, scores, slice(start, end)), [work])
-            else:
-                work.head = answer.head(item.form, rows[start:end], ids[start:end], self.contract.labels)
-            start = end
-
-    def _shape(self, item: codecs.Item, options: Options, scores: Scores, part: slice, work: Work) -> None:
-        work.head = shaped(item, options, scores, part, self.contract, self.inside)
 
     def _close(self, work: Work) -> Answer:
         lead = work.twin or work

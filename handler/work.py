@@ -20,7 +20,7 @@ class Work:
     error: ServeError | None
     kind: codecs.Kind = "raw"
     key: bytes = b""
-    item: codecs.Item | None = None
+    item: codecs.Item = codecs.NOTHING
     head: bytes | None = None
     outcome: Outcome = "MISS"
     twin: Optional["Work"] = None
@@ -37,3 +37,8 @@ def each(step: Callable[[Work], None], batch: Iterable[Work]) -> None:
             work.error = error
         except Exception:
             log.exception("request %s failed", work.request.request_id)
+
+
+def done(batch: Iterable[Work]) -> dict[bytes, bytes]:
+    """The heads that the cache is to keep, by their keys."""
+    return {work.key: work.head for work in batch if work.head is not None and work.storable}

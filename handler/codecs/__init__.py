@@ -1,13 +1,13 @@
 """Wire ↔ item: what a body is, and the pixels in it. One modality a file; `answer` is the way back."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
 
 from handler.codecs import features, image
-from handler.contract import Contract
+from handler.contract import Contract, Pixels
 from handler.errors import BadInput, Unsupported
 from handler.options import Options, parse
 from handler.settings import LimitSettings
@@ -15,17 +15,17 @@ from handler.settings import LimitSettings
 Kind = Literal["raw", "image", "json"]
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class Item:
-    """What is in one request: `count` images, the key that their answer goes under, and what else it holds.
+    """What is in one request: `count` images, H·W·C bytes each, the key of their answer, and what else it holds."""
 
-    `pixels` are uint8 `[count, C, H, W]`, or the bytes of one image H·W·C as they came.
-    """
-
-    pixels: image.Pixels | bytes
+    pixels: bytes
     form: str = "prediction"
     count: int = 1
     options: Options | None = None
+
+
+NOTHING = Item(b"", count=0)
 
 
 def kind_of(payload: bytes, content_type: str, contract: Contract) -> Kind:
@@ -58,14 +58,11 @@ def decode(
     value = features.parse(payload)
     if isinstance(value, dict) and "options" in value:
         options = parse(value["options"], options)
-    pixels, form = features.decode(value, contract, limits)
-    return Item(pixels, form, len(pixels), options)
+    images, form = features.decode(value, contract, limits)
+    return Item(b"".join(images), form, len(images), options)
 
 
-def stacked(items: Sequence[Item], contract: Contract) -> image.Pixels:
+def stacked(items: Iterable[Item], contract: Contract) -> Pixels:
     """The images of all items, in order, as one contiguous array uint8 `[N, C, H, W]`."""
-    raw = [item.pixels for item in items if isinstance(item.pixels, bytes)]
-    if len(raw) == len(items):  # in one copy, which torch may write to
-        return np.ascontiguousarray(image.raw(bytearray().join(raw), contract))
-    parts = [image.raw(p, contract) if isinstance(p, bytes) else p for p in (item.pixels for item in items)]
-    return np.ascontiguousarray(np.concatenate(parts))
+    pixels = bytearray().join([item.pixels for item in items])  # which torch may write to
+    return np.ascontiguousarray(image.raw(pixels, contract))

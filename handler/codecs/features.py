@@ -1,4 +1,4 @@
-"""JSON → pixels: `{"features": …}`, a bare list, or KServe's `{"instances": …}`. Intensities 0–255 in H·W·C order."""
+"""JSON → pixels, as bytes: `{"features": …}`, a bare list, or KServe's `{"instances": …}`. Intensities 0–255, H·W·C."""
 
 import base64
 import contextlib
@@ -10,7 +10,6 @@ import numpy as np
 import orjson
 
 from handler.codecs import image
-from handler.codecs.image import Pixels
 from handler.contract import Contract
 from handler.errors import BadInput, ServeError, TooLarge, json_type
 from handler.settings import LimitSettings
@@ -42,8 +41,8 @@ def canonical(value: Any) -> bytes:
         raise BadInput("bad_json", "the body is not JSON that is read") from None
 
 
-def decode(value: Any, contract: Contract, limits: LimitSettings) -> tuple[Pixels, str]:
-    """A JSON value as uint8 `[N, C, H, W]`, and the key that its answer goes under.
+def decode(value: Any, contract: Contract, limits: LimitSettings) -> tuple[list[bytes], str]:
+    """The images of a JSON value, H·W·C bytes each, and the key that its answer goes under.
 
     Raises BadInput for what is not of this form, TooLarge above `limits.rows` rows or `limits.pixels` pixels.
     """
@@ -64,17 +63,17 @@ def _refuse(constant: str) -> Any:
 _DECODER = json.JSONDecoder(parse_constant=_refuse)
 
 
-def _rows(value: Any, name: str, contract: Contract, limits: LimitSettings) -> Pixels:
+def _rows(value: Any, name: str, contract: Contract, limits: LimitSettings) -> list[bytes]:
     """One flat list of numbers, or a list of such lists."""
     if not isinstance(value, list):
         raise BadInput("bad_type", f"{name}: expected a list of numbers, got {json_type(value)}")
     if not (value and isinstance(value[0], list)):
-        return _item(value, name, [(contract.size,)], contract)[np.newaxis]
+        return [_item(value, name, [(contract.size,)], contract)]
     _check_count(value, name, limits)
-    return np.stack([_item(row, f"{name}[{i}]", [(contract.size,)], contract) for i, row in enumerate(value)])
+    return [_item(row, f"{name}[{i}]", [(contract.size,)], contract) for i, row in enumerate(value)]
 
 
-def _instances(value: Any, contract: Contract, limits: LimitSettings) -> Pixels:
+def _instances(value: Any, contract: Contract, limits: LimitSettings) -> list[bytes]:
     """A list of items, each a flat list, a list nested as the image is, or base64 bytes."""
     if not isinstance(value, list):
         raise BadInput("bad_type", f"instances: expected a list, got {json_type(value)}")
@@ -93,7 +92,7 @@ def _instances(value: Any, contract: Contract, limits: LimitSettings) -> Pixels:
         else:
             pixels = _item(instance, name, shapes, contract)
         items.append(pixels)
-    return np.stack(items)
+    return items
 
 
 def _check_count(rows: list[Any], name: str, limits: LimitSettings) -> None:
@@ -101,8 +100,8 @@ def _check_count(rows: list[Any], name: str, limits: LimitSettings) -> None:
         raise TooLarge("too_many_rows", f"{name}: expected at most {limits.rows} rows a request, got {len(rows)}")
 
 
-def _blob(instance: dict[str, Any], name: str, contract: Contract, budget: int) -> tuple[Pixels, int]:
-    """`{"b64": …}` as uint8 `[C, H, W]`, and how many of the request's pixels an image in it took."""
+def _blob(instance: dict[str, Any], name: str, contract: Contract, budget: int) -> tuple[bytes, int]:
+    """`{"b64": …}` as H·W·C bytes, and how many of the request's pixels an image in it took."""
     text = instance.get("b64")
     if not isinstance(text, str):
         raise BadInput("bad_type", f'{name}: expected {{"b64": "base64 text"}} or lists of numbers')
@@ -112,15 +111,14 @@ def _blob(instance: dict[str, Any], name: str, contract: Contract, budget: int) 
         raise BadInput("bad_base64", f"{name}.b64: expected base64 text") from None
     try:
         if image.blob_kind(payload, contract) == "raw":
-            return image.raw(payload, contract)[0], 0
-        found, area = image.decode(payload, contract, budget)
-        return image.raw(found, contract)[0], area
+            return payload, 0
+        return image.decode(payload, contract, budget)
     except ServeError as error:
         raise type(error)(error.code, f"{name}: {error}") from error
 
 
-def _item(value: Any, name: str, shapes: list[tuple[int, ...]], contract: Contract) -> Pixels:
-    """Numbers nested in one of `shapes` as uint8 `[C, H, W]`."""
+def _item(value: Any, name: str, shapes: list[tuple[int, ...]], contract: Contract) -> bytes:
+    """Numbers nested in one of `shapes` as bytes."""
     expected = image.layout(contract, "numbers")
     if not isinstance(value, list):
         code = "bad_shape" if type(value) in NUMBERS else "bad_type"
@@ -141,8 +139,7 @@ def _item(value: Any, name: str, shapes: list[tuple[int, ...]], contract: Contra
     if not kinds <= NUMBERS:
         wrong = json_type(next(v for v in value if type(v) not in NUMBERS))
         raise BadInput("bad_type", f"{name}: expected {expected}, got {wrong} among them")
-    pixels: Pixels = image.raw(_bytes(value, kinds, name), contract)[0]
-    return pixels
+    return _bytes(value, kinds, name)
 
 
 def _bytes(values: list[Any], kinds: set[type], name: str) -> bytes:

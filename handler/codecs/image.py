@@ -10,15 +10,13 @@ import zlib
 from typing import Literal
 
 import numpy as np
-from numpy.typing import NDArray
 from PIL import Image, ImageOps
 from PIL.JpegImagePlugin import JpegImageFile
 from PIL.PngImagePlugin import PngImageFile
 
-from handler.contract import Contract
+from handler.contract import Contract, Pixels
 from handler.errors import BadInput, TooLarge, Unsupported
 
-Pixels = NDArray[np.uint8]
 PNG, JPEG = b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff"
 MODES = {1: "L", 3: "RGB"}
 # What Pillow raises for bytes that are not the image they claim to be; anything else is a fault of ours.

@@ -29,6 +29,7 @@ from tests.harness import END, Post, Worker, encoded, multipart, post
 TEXT = st.text(st.characters(codec="utf-8"), max_size=12)
 PARTS = st.dictionaries(TEXT, st.tuples(TEXT, st.binary(max_size=300)), max_size=3)
 POSTS = st.lists(st.builds(Post, st.dictionaries(TEXT, TEXT, max_size=4), PARTS), min_size=1, max_size=5)
+ALIKE = post(END * 2, RAW)
 SIZES = st.lists(st.integers(1, 40), min_size=1, max_size=8)
 
 
@@ -72,6 +73,8 @@ def ours(batch: list[Message]) -> Iterator[tuple[str, dict[str, Any], dict[str, 
 
 @given(batches=st.lists(POSTS, min_size=1, max_size=3), sizes=SIZES)
 @example(batches=[[post(bytes(600_000), RAW)] * 2], sizes=[70_000, 3])
+@example(batches=[[ALIKE, Post(ALIKE.headers, {**ALIKE.parameters, "more": ("", b"")}), ALIKE], [ALIKE]], sizes=[7])
+@example(batches=[[ALIKE, post(bytes(8), RAW), ALIKE, Post(ALIKE.headers), post(bytes(9), RAW)]], sizes=[1 << 20])
 def test_any_batches_are_read_as_upstream_reads_them(batches: list[list[Post]], sizes: list[int]) -> None:
     """In pieces of any size; a frame begins where the one before it ended."""
     wire = Wire(b"".join(map(frame, batches)), sizes)

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from handler.codecs import features
+from handler.codecs import features, image
 from handler.contract import Contract
 from handler.errors import BadInput, ServeError, TooLarge, Unsupported
 from handler.settings import LimitSettings
@@ -23,9 +23,9 @@ ROW = [0, 1, 2, 253, 254, 255]
 
 
 def decode(value: Any, contract: Contract = SMALL) -> tuple[Any, str]:
-    pixels, form = features.decode(features.parse(json.dumps(value).encode()), contract, LIMITS)
-    assert pixels.dtype == np.uint8 and pixels.shape[1:] == contract.shape
-    return pixels, form
+    images, form = features.decode(features.parse(json.dumps(value).encode()), contract, LIMITS)
+    assert {len(pixels) for pixels in images} == {contract.size}
+    return image.raw(b"".join(images), contract), form
 
 
 @pytest.mark.parametrize(
