@@ -82,7 +82,7 @@ class Reader:
 
     def _read(self, least: int) -> None:
         """At least so many bytes more, behind those that are still to be read."""
-        pieces, size = [self.data[self.at :]], 0
+        pieces, size = [self.data[self.at :]] if self.at < len(self.data) else [], 0  # one alone is not copied
         while size < least:
             piece = self.connection.recv(CHUNK)
             if not piece:
