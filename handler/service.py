@@ -62,7 +62,7 @@ class Service:
         """As `answer`, but what no answer waits for is left to `settle`."""
         self.settle()
         began = perf_counter()
-        batch = [Work(request, request.error) for request in requests]
+        batch = [Work(request) for request in requests]
         try:
             each(self._identify, batch)
             if missed := self._look_up([work for work in batch if work.key]):

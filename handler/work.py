@@ -2,7 +2,6 @@
 
 import logging
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
 from typing import Optional
 
 from handler import codecs
@@ -12,12 +11,9 @@ from handler.messages import Outcome, Request
 log = logging.getLogger(__name__)
 
 
-@dataclass(slots=True, eq=False)
 class Work:
     """A request on its way. An error or a head ends it; an equal one that came first, its `twin`, may do so for it."""
 
-    request: Request
-    error: ServeError | None
     kind: codecs.Kind = "raw"
     key: bytes = b""
     item: codecs.Item = codecs.NOTHING
@@ -26,6 +22,10 @@ class Work:
     twin: Optional["Work"] = None
     fresh: bool = False  # it, or an equal one, must come from the model
     storable: bool = False
+
+    def __init__(self, request: Request) -> None:  # not a dataclass, which would set all the rest for every hit too
+        self.request = request
+        self.error: ServeError | None = request.error
 
 
 def each(step: Callable[[Work], None], batch: Iterable[Work]) -> None:
