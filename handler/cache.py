@@ -78,16 +78,19 @@ class CacheManager:
         return state.digest()
 
     def look_up(self, keys: Sequence[bytes]) -> list[bytes | None]:
-        """The stored answer of each key of a batch, None where there is none; Redis is asked for what is not here."""
+        """The stored answer of each key of a batch, None where there is none; Redis is asked for what is not here.
+
+        Nothing is stored under an empty key, and nobody has missed it.
+        """
         found = self.store.get_many(keys)
         if self.shared and None in found:
-            lacking = [key for key, answer in zip(keys, found, strict=True) if answer is None]
+            lacking = [key for key, answer in zip(keys, found, strict=True) if key and answer is None]
             there = self._keep(self.shared.fetch(list(dict.fromkeys(lacking))))
             self.shared_hits += sum(key in there for key in lacking)
             found = [there.get(key) if answer is None else answer for key, answer in zip(keys, found, strict=True)]
-        missed = found.count(None)
-        self.misses += missed
-        self.hits += len(found) - missed
+        lacking_now = found.count(None)
+        self.misses += lacking_now - keys.count(b"")
+        self.hits += len(found) - lacking_now
         return found
 
     def claim(self, keys: Iterable[bytes]) -> set[bytes]:

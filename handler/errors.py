@@ -12,8 +12,11 @@ DistilleryError           a fault the user can mend: commands print it without a
 """
 
 import difflib
+import logging
 from collections.abc import Iterable
 from typing import Any, ClassVar
+
+log = logging.getLogger(__name__)
 
 
 class DistilleryError(Exception):
@@ -70,6 +73,17 @@ class NotOffered(ServeError):
 
     def __init__(self, message: str) -> None:
         super().__init__("unsupported", message)
+
+
+def told(error: Exception, request_id: str) -> ServeError:
+    """What the client is told of an error that is being handled: itself if it is one for clients, else `Internal`.
+
+    Of the latter the log has the rest, under the request's id.
+    """
+    if isinstance(error, ServeError):
+        return error
+    log.exception("request %s failed", request_id)
+    return Internal()
 
 
 def unknown(kind: str, name: str, known: Iterable[str]) -> str:

@@ -13,11 +13,10 @@ import logging
 import struct
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from http import HTTPStatus
 from typing import Any
 
-from handler.messages import HEADERS, Answer, Outcome
+from handler.messages import HEADERS, Answer, Outcome, Request
 
 log = logging.getLogger(__name__)
 PROVED = "0.12.0"
@@ -26,17 +25,12 @@ _pack, _unpack = struct.Struct("!i").pack, struct.Struct("!i").unpack_from
 END = _pack(-1)
 
 
-@dataclass(slots=True)
-class Message:
-    """A request as it came."""
-
-    request_id: str
-    headers: bytes  # as they stand in the frame; `parsed` reads them
-    parts: list[tuple[str, str, bytes]]  # name, Content-Type, value: one named "body", or those of a multipart body
-
-
-Likely = tuple[bytes, Message] | None
-"""A request of one part, and all of its frame between id and value: clients repeat themselves."""
+Parts = list[tuple[str, str, bytes]]
+"""Name, Content-Type and value: one named "body", or those of a multipart body."""
+Read = Callable[[str, bytes, Parts], Request]
+"""What an id, the headers as they stand in the frame (`parsed` reads them) and parts ask for; never raises."""
+Likely = tuple[bytes, Request] | None
+"""A request whose body is its one part, and all of its frame between id and value: clients repeat themselves."""
 
 
 class Incomplete(Exception):
@@ -46,8 +40,10 @@ class Incomplete(Exception):
 class Reader:
     """What the front end sends, read in large pieces; `message` takes the place of upstream's `retrieve_msg`."""
 
-    def __init__(self, upstream: Callable[[Any], tuple[bytes, Any]], settle: Callable[[], None] = lambda: None) -> None:
-        self.upstream, self.settle = upstream, settle
+    def __init__(
+        self, upstream: Callable[[Any], tuple[bytes, Any]], read: Read, settle: Callable[[], None] = lambda: None
+    ) -> None:
+        self.upstream, self.read, self.settle = upstream, read, settle
         self.data, self.at = b"", 0
         self.likely: Likely = None
 
@@ -63,24 +59,24 @@ class Reader:
     def recv(self, length: int) -> bytes:
         """Up to `length` bytes, at least one: a socket to upstream's code."""
         if self.at == len(self.data):
-            self._read(1)
+            self._receive(1)
         found = self.data[self.at : self.at + length]
         self.at += len(found)
         return found
 
-    def _batch(self) -> list[Message]:
-        batch: list[Message] = []
+    def _batch(self) -> list[Request]:
+        batch: list[Request] = []
         while True:
             try:
-                message, self.at, self.likely = request(self.data, self.at, self.likely)
+                one, self.at, self.likely = request(self.data, self.at, self.likely, self.read)
             except (struct.error, Incomplete) as error:
-                self._read(error.args[0] if isinstance(error, Incomplete) else 1)
+                self._receive(error.args[0] if isinstance(error, Incomplete) else 1)
             else:
-                if message is None:
+                if one is None:
                     return batch
-                batch.append(message)
+                batch.append(one)
 
-    def _read(self, least: int) -> None:
+    def _receive(self, least: int) -> None:
         """At least so many bytes more, behind those that are still to be read."""
         pieces, size = [self.data[self.at :]] if self.at < len(self.data) else [], 0  # one alone is not copied
         while size < least:
@@ -93,7 +89,7 @@ class Reader:
         self.data, self.at = b"".join(pieces), 0
 
 
-def request(data: bytes, at: int, likely: Likely) -> tuple[Message | None, int, Likely]:
+def request(data: bytes, at: int, likely: Likely, read: Read) -> tuple[Request | None, int, Likely]:
     """The request that begins at `at`, None for the end of the batch; where the next begins; what that is likely like.
 
     Raises struct.error or Incomplete where `data` ends too early.
@@ -102,11 +98,12 @@ def request(data: bytes, at: int, likely: Likely) -> tuple[Message | None, int, 
         return None, at + 4, likely
     request_id, at = data[at + 4 : at + 4 + length].decode(), at + 4 + length
     if likely and data.startswith(likely[0], at):
-        begin, [(known, alike, last)] = at + len(likely[0]), likely[1].parts
-        end = begin + len(last)
-        if data[end : end + 4] == END:
-            return Message(request_id, likely[1].headers, [(known, alike, data[begin:end])]), end + 4, likely
-    begin, parts = at, []
+        begin, last = at + len(likely[0]), likely[1]
+        end = begin + len(last.payload)
+        if data.startswith(END, end):
+            wishes = last.look_up, last.store, last.options
+            return Request(data[begin:end], last.content_type, request_id, *wishes), end + 4, likely
+    begin, parts = at, Parts()
     while (length := _unpack(data, at)[0]) >= 0:
         at += 4 + length
         at += 4 + _unpack(data, at)[0]
@@ -121,14 +118,14 @@ def request(data: bytes, at: int, likely: Likely) -> tuple[Message | None, int, 
         if at > len(data):
             raise Incomplete(at - len(data))
         parts.append((name.decode(), kind.decode(), value))
-    message = Message(request_id, headers, parts)
-    if len(parts) == 1:
-        likely = data[begin : at - len(value)], message
-    return message, at + 4, likely
+    found = read(request_id, headers, parts)
+    if len(parts) == 1 and found.payload is value and not (found.error or found.describe):
+        likely = data[begin : at - len(value)], found
+    return found, at + 4, likely
 
 
 def parsed(headers: bytes) -> dict[str, str]:
-    """The headers of a message; of those with one name the last."""
+    """The headers of a request; of those with one name the last."""
     found, at = {}, 0
     while (length := _unpack(headers, at)[0]) >= 0:
         name, at = headers[at + 4 : at + 4 + length].decode(), at + 4 + length
@@ -137,11 +134,11 @@ def parsed(headers: bytes) -> dict[str, str]:
     return found
 
 
-def response(batch: Sequence[Message], answers: Sequence[Answer]) -> bytes:
+def response(batch: Sequence[Request], answers: Sequence[Answer]) -> bytes:
     """The frame that answers a batch."""
     pieces = [_SUCCESS]
-    for message, answer in zip(batch, answers, strict=True):
-        request_id = message.request_id.encode()
+    for asked, answer in zip(batch, answers, strict=True):
+        request_id = asked.request_id.encode()
         head = _head(answer.status, answer.outcome)
         pieces += (_pack(len(request_id)), request_id, head, _pack(len(answer.body)), answer.body)
     pieces.append(END)
@@ -161,10 +158,12 @@ def _text(text: str) -> bytes:
     return _pack(len(value)) + value
 
 
-def install(answer: Callable[[list[Message]], list[Answer]], settle: Callable[[], None] = lambda: None) -> None:
+def install(
+    answer: Callable[[list[Request]], list[Answer]], read: Read, settle: Callable[[], None] = lambda: None
+) -> None:
     """Take upstream's place in the worker that this process is, if it is one and of the version that was proved.
 
-    `answer` says what each message of a batch gets; `settle` is called when that is sent.
+    `answer` says what each request of a batch gets; `settle` is called when that is sent.
     """
     modules: dict[str, Any] = sys.modules  # of TorchServe, which is not ours to import
     if not hasattr(worker := modules["__main__"], "retrieve_msg"):
@@ -172,7 +171,7 @@ def install(answer: Callable[[list[Message]], list[Answer]], settle: Callable[[]
     if (version := modules["ts"].__version__) != PROVED:
         log.warning("TorchServe %s: its own protocol code is used, for ours was proved against %s", version, PROVED)
         return
-    worker.retrieve_msg = Reader(worker.retrieve_msg, settle).message
+    worker.retrieve_msg = Reader(worker.retrieve_msg, read, settle).message
     modules["ts.service"].Service.predict = lambda _, batch: response(batch, answer(batch))
     log.info("TorchServe %s: its frames are read and written in one pass", version)
 

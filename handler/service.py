@@ -5,7 +5,6 @@ kind, key ─► look up ─┬─ hits ─────────────�
                                        └─ of those, another worker is at some: wait ───┘
 """
 
-import functools
 import logging
 from collections.abc import Callable, Collection, Mapping, Sequence
 from time import perf_counter
@@ -16,9 +15,9 @@ from handler.cache import CacheManager
 from handler.codecs import answer
 from handler.errors import Internal
 from handler.heads import Scores, head_each
+from handler.keys import Keys
 from handler.messages import Answer, Outcome, Request
 from handler.metrics import Metrics
-from handler.options import Options
 from handler.settings import LimitSettings
 from handler.work import Work, done, each
 
@@ -27,8 +26,6 @@ if TYPE_CHECKING:  # these load torch
     from handler.model import ModelInterface
 
 log = logging.getLogger(__name__)
-SHORT_BYTES, REMEMBERED = 4096, 4096
-"""Up to which size a request's kind and key are remembered, which is faster than to hash it again, and of how many."""
 
 
 class Service:
@@ -47,7 +44,7 @@ class Service:
         self.model, self.cache, self.limits, self.metrics = model, cache, limits, metrics
         self.inside, self.description = inside, description
         self.contract, self.seconds = model.contract, metrics.seconds
-        self._known = functools.lru_cache(REMEMBERED)(self._identity)
+        self.keys = Keys(model.contract, cache.key)
         self.later: list[Callable[[], object]] = []
         fresh, kept = answer.tail("model", identity), answer.tail("cache", identity)
         self.tails: dict[Outcome, bytes] = {"HIT": kept, "MISS": fresh, "BYPASS": fresh}
@@ -62,14 +59,16 @@ class Service:
         """As `answer`, but what no answer waits for is left to `settle`."""
         self.settle()
         began = perf_counter()
-        batch = [Work(request) for request in requests]
+        keyed, asked = self.keys.of(requests)
+        heads = self._look_up(asked)
+        lacking = zip(requests, keyed, heads, strict=True) if None in heads else ()
+        rest = [Work(request, what) for request, what, head in lacking if head is None]
         try:
-            each(self._identify, batch)
-            if missed := self._look_up([work for work in batch if work.key]):
-                self._compute(missed)
+            self._compute([work for work in rest if work.key])
         except Exception:
             log.exception("a batch failed; requests %s", ", ".join(request.request_id for request in requests))
-        answers = [self._close(work) for work in batch]
+        closed, kept = map(self._close, rest), self.tails["HIT"]
+        answers = [next(closed) if head is None else Answer(200, head + kept, "HIT") for head in heads]
         self.seconds["batch"].append(perf_counter() - began)
         self.later.append(lambda: self.metrics.batch(len(requests)))
         return answers
@@ -83,40 +82,28 @@ class Service:
             except Exception:
                 log.exception("an answer is not stored, or not counted")
 
-    def _identify(self, work: Work) -> None:
-        request = work.request
-        if not (work.error or request.describe):
-            short = len(request.payload) + len(request.content_type) <= SHORT_BYTES
-            identity = self._known if short else self._identity
-            work.kind, work.key = identity(request.payload, request.content_type, request.options)
-
-    def _identity(self, payload: bytes, content_type: str, options: Options | None) -> tuple[codecs.Kind, bytes]:
-        kind = codecs.kind_of(payload, content_type, self.contract)
-        return kind, self.cache.key(f"{kind} {options}" if options else kind, payload)
-
-    def _look_up(self, batch: list[Work]) -> list[Work]:
-        """Heads for what the cache has; the rest is returned."""
-        began, missed = perf_counter(), [work for work in batch if not work.request.look_up]
-        for work in missed:
-            work.outcome = "BYPASS"
-        self.cache.bypassed += len(missed)
-        asking = [work for work in batch if work.request.look_up] if missed else batch
-        for work, head in zip(asking, self.cache.look_up([work.key for work in asking]), strict=True):
-            if head is None:
-                missed.append(work)
-            else:
-                work.head, work.outcome = head, "HIT"
-        self.seconds["lookup"].append(perf_counter() - began)
-        return missed
+    def _look_up(self, keys: list[bytes]) -> Sequence[bytes | None]:
+        """The heads that the cache has; a fault of its costs nobody an answer."""
+        began = perf_counter()
+        try:
+            return self.cache.look_up(keys)
+        except Exception:
+            log.exception("the cache cannot be asked")
+            return [None] * len(keys)
+        finally:
+            self.seconds["lookup"].append(perf_counter() - began)
 
     def _compute(self, missed: list[Work]) -> None:
         """Heads for what the cache lacks, each computed once however many ask the same."""
+        if not missed:
+            return
         leads: dict[bytes, Work] = {}
         for work in missed:
             lead = leads.setdefault(work.key, work)
             work.twin = None if lead is work else lead
             lead.fresh |= not work.request.look_up
             lead.storable |= work.request.store
+            self.cache.bypassed += not work.request.look_up
         self.cache.deduplicated += len(missed) - len(leads)
         if self.cache.shared:
             self._share(leads, missed)

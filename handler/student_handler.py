@@ -19,8 +19,7 @@ from handler.cache import CacheManager
 from handler.codecs.features import canonical
 from handler.contract import Contract
 from handler.description import describe
-from handler.errors import BadInput, BundleError, DistilleryError, Internal, ServeError
-from handler.frames import Message
+from handler.errors import BadInput, BundleError, DistilleryError, told
 from handler.inside import Inside
 from handler.messages import Answer, Request
 from handler.metrics import Metrics, resident, to_torchserve
@@ -47,7 +46,7 @@ class StudentHandler:
         except DistilleryError as error:
             log.error("refused to serve: %s", error)
             raise
-        frames.install(self.exchange, self.service.settle)
+        frames.install(self.service.respond, _request_in_frame, self.service.settle)
 
     def handle(self, rows: list[dict[str, Any]], context: Any) -> list[bytes]:
         """TorchServe's call: one row a request in, one body a request out; never raises."""
@@ -70,10 +69,6 @@ class StudentHandler:
             for name, value in answer.headers:
                 context.set_response_header(i, name, value)
         return [answer.body for answer in answers]
-
-    def exchange(self, batch: list[Message]) -> list[Answer]:
-        """What `handle` does, where `frames` has taken the place of TorchServe's rows and context, and then settles."""
-        return self.service.respond([_request(m.request_id, m.parts, _wishes_in_frame, m.headers) for m in batch])
 
 
 def _service(context: Any) -> Service:
@@ -131,11 +126,13 @@ def _request(request_id: str, parts: Parts, read: Callable[[T, str], Wishes], he
             return Request(request_id=request_id, describe=True)
         payload = value if isinstance(value, bytes) else _payload(value, content_type)
         return Request(payload, content_type, request_id, look_up, store, options)
-    except ServeError as error:
-        return Request(request_id=request_id, error=error)
-    except Exception:
-        log.exception("request %s cannot be read", request_id)
-        return Request(request_id=request_id, error=Internal())
+    except Exception as error:
+        return Request(request_id=request_id, error=told(error, request_id))
+
+
+def _request_in_frame(request_id: str, headers: bytes, parts: Parts) -> Request:
+    """A request as `frames` finds it, where that has taken the place of TorchServe's rows and context."""
+    return _request(request_id, parts, _wishes_in_frame, headers)
 
 
 @functools.lru_cache(256)  # clients repeat themselves

@@ -18,9 +18,10 @@ from ts.service import Service
 
 from handler import frames
 from handler.cache import CacheManager
-from handler.frames import Message, Reader
-from handler.messages import Answer, Outcome
+from handler.frames import Parts, Reader
+from handler.messages import Answer, Outcome, Request
 from handler.settings import CacheSettings
+from handler.student_handler import _request_in_frame
 from tests.handler.payloads import RAW, Pixels
 from tests.handler.test_options import ALL, DESCRIBE, EXPLAIN, PREDICT, by
 from tests.handler.test_student_handler import BAD, forms
@@ -63,12 +64,21 @@ def upstream(data: bytes) -> Iterator[tuple[str, dict[str, Any], dict[str, Any]]
         yield ids[i], headers[i].get_request_properties(), row
 
 
-def ours(batch: list[Message]) -> Iterator[tuple[str, dict[str, Any], dict[str, Any]]]:
+def carried(request_id: str, headers: bytes, parts: Parts) -> Request:
+    """A request that carries all that it was read from, where it has room; its one part is its payload."""
+    alone = len(parts) == 1
+    kept = headers, [(name, kind, None if alone else value) for name, kind, value in parts]
+    return Request(parts[0][2] if alone else b"", RAW, request_id, False, False, kept)  # type: ignore[arg-type]
+
+
+def ours(batch: list[Request]) -> Iterator[tuple[str, dict[str, Any], dict[str, Any]]]:
     """The same, as we read them."""
-    for message in batch:
-        types_of_parts = {name: {"content-type": kind} for name, kind, _ in message.parts}
-        row = {name: value for name, _, value in message.parts}
-        yield message.request_id, {**types_of_parts, **frames.parsed(message.headers)}, row
+    for request in batch:
+        assert (request.content_type, request.look_up, request.store) == (RAW, False, False)
+        headers, parts = request.options  # type: ignore[misc]
+        types_of_parts = {name: {"content-type": kind} for name, kind, _ in parts}
+        row = {name: request.payload if value is None else value for name, _, value in parts}
+        yield request.request_id, {**types_of_parts, **frames.parsed(headers)}, row
 
 
 @given(batches=st.lists(POSTS, min_size=1, max_size=3), sizes=SIZES)
@@ -78,7 +88,7 @@ def ours(batch: list[Message]) -> Iterator[tuple[str, dict[str, Any], dict[str, 
 def test_any_batches_are_read_as_upstream_reads_them(batches: list[list[Post]], sizes: list[int]) -> None:
     """In pieces of any size; a frame begins where the one before it ended."""
     wire = Wire(b"".join(map(frame, batches)), sizes)
-    reader = Reader(lambda _: pytest.fail("no load message was sent"))
+    reader = Reader(lambda _: pytest.fail("no load message was sent"), carried)
     for posts in batches:
         command, batch = reader.message(wire)
         assert command == b"I"
@@ -93,7 +103,7 @@ def test_a_load_message_is_left_to_upstream(model: str, path: str, gpu: int, siz
         data += struct.pack("!i", number) + text
     data += b"\x01"
     wire = Wire(data + frame([post(b"x", RAW)]), sizes)
-    reader = Reader(otf.retrieve_msg)
+    reader = Reader(otf.retrieve_msg, carried)
     assert reader.message(wire) == otf.retrieve_msg(Wire(data))
     assert len(reader.message(wire)[1]) == 1
 
@@ -102,7 +112,7 @@ def test_a_front_end_that_has_gone_ends_the_worker() -> None:
     whole = frame([post(bytes(99), RAW)])
     for data in (b"", whole[:1], whole[:40], whole[:-1]):
         with pytest.raises(SystemExit) as ended:
-            Reader(otf.retrieve_msg).message(Wire(data))
+            Reader(otf.retrieve_msg, carried).message(Wire(data))
         assert ended.value.code == 0
 
 
@@ -125,8 +135,8 @@ def test_any_answers_are_written_as_upstream_writes_them(answered: list[tuple[st
     ids = {i: request_id for i, (request_id, _) in enumerate(answered)}
     bodies = [answer.body for _, answer in answered]
     expected = otf.create_predict_response(bodies, ids, "Prediction success", 200, context=context)
-    messages = [Message(request_id, END, []) for request_id in ids.values()]
-    assert frames.response(messages, [answer for _, answer in answered]) == expected
+    requests = [Request(request_id=request_id) for request_id in ids.values()]
+    assert frames.response(requests, [answer for _, answer in answered]) == expected
 
 
 def test_the_bytes_of_any_reply_are_the_same_by_both_ways(worker: Worker, images: Pixels) -> None:
@@ -141,8 +151,8 @@ def test_the_bytes_of_any_reply_are_the_same_by_both_ways(worker: Worker, images
     service = worker.handler.service
 
     def exchanged() -> bytes:
-        _, batch = Reader(otf.retrieve_msg).message(Wire(data, [999]))
-        return frames.response(batch, worker.handler.exchange(batch))
+        _, batch = Reader(otf.retrieve_msg, _request_in_frame).message(Wire(data, [999]))
+        return frames.response(batch, service.answer(batch))
 
     by_upstream = [worker.service.predict(otf.retrieve_msg(Wire(data))[1]) for _ in range(2)]
     service.cache = CacheManager.from_settings(CacheSettings(), [])
@@ -166,15 +176,15 @@ def test_it_takes_upstreams_place_in_a_worker(worker_process: Any, caplog: Any) 
     outcome: Outcome = "MISS"
     told: list[str] = []
 
-    def answer(batch: list[Message]) -> list[Answer]:
+    def answer(batch: list[Request]) -> list[Answer]:
         told.append("answered")
-        return [Answer(200, message.parts[0][2], outcome) for message in batch]
+        return [Answer(200, request.payload, outcome) for request in batch]
 
-    frames.install(answer, lambda: told.append("settled"))
+    frames.install(answer, carried, lambda: told.append("settled"))
     wire = Wire(frame([post(b"x", RAW)]) * 2)
     for _ in range(2):
         command, batch = worker_process.retrieve_msg(wire)
-        assert command == b"I" and isinstance(batch[0], Message)
+        assert command == b"I" and isinstance(batch[0], Request)
         assert Service.predict(None, batch).endswith(b"\0\0\0\1x" + END)
     assert told == ["settled", "answered"] * 2, "what is left is done after an answer is sent, before the next is read"
     assert "TorchServe 0.12.0: its frames are read and written in one pass" in caplog.text
@@ -183,12 +193,12 @@ def test_it_takes_upstreams_place_in_a_worker(worker_process: Any, caplog: Any) 
 def test_another_version_is_left_alone(worker_process: Any, monkeypatch: pytest.MonkeyPatch, caplog: Any) -> None:
     before = Service.predict
     monkeypatch.setattr("ts.__version__", "0.13.0")
-    frames.install(lambda _: [])
+    frames.install(lambda _: [], carried)
     assert worker_process.retrieve_msg is otf.retrieve_msg and Service.predict is before
     assert "TorchServe 0.13.0: its own protocol code is used, for ours was proved against 0.12.0" in caplog.text
 
 
 def test_what_is_no_worker_is_left_alone() -> None:
     before = Service.predict
-    frames.install(lambda _: [])
+    frames.install(lambda _: [], carried)
     assert Service.predict is before and not hasattr(sys.modules["__main__"], "retrieve_msg")

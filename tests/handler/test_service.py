@@ -17,10 +17,11 @@ from handler.cache import CacheManager
 from handler.contract import Contract, probabilities
 from handler.errors import BadInput
 from handler.inside import Inside
+from handler.keys import SHORT_BYTES
 from handler.messages import Answer, Request
 from handler.metrics import Metrics
 from handler.options import Options
-from handler.service import SHORT_BYTES, Service
+from handler.service import Service
 from handler.settings import LimitSettings
 from handler.stores import MemoryStore
 from tests.handler.payloads import JSON, RAW, dumps
@@ -122,7 +123,7 @@ def test_what_a_short_request_means_is_remembered(bench: Bench, monkeypatch: pyt
     """By type and options, too; a long one is hashed again, for to remember it would take its size."""
     asked: list[str] = []
     key = bench.cache.key
-    monkeypatch.setattr(bench.cache, "key", lambda kind, payload: asked.append(kind) or key(kind, payload))  # type: ignore[func-returns-value]
+    monkeypatch.setattr(bench.service.keys, "key", lambda kind, payload: asked.append(kind) or key(kind, payload))  # type: ignore[func-returns-value]
     short = raw(1, 2, 3), raw(1, 2, 3, options=Options(top_k=1)), rows([1, 2, 3])
     long = Request(payload=dumps([[3, 2, 1]]) + b" " * SHORT_BYTES, content_type=JSON)
     first, again = bench.ask(*short, long), bench.ask(*short, long)
@@ -224,9 +225,17 @@ def test_a_failed_store_costs_no_answer_that_is_computed(bench: Bench, monkeypat
     assert "ZeroDivisionError" in caplog.text
 
 
-def test_a_failed_lookup_is_answered_not_raised(bench: Bench, monkeypatch: Any, caplog: Any) -> None:
+def test_a_failed_lookup_costs_nobody_an_answer(bench: Bench, monkeypatch: Any, caplog: Any) -> None:
     monkeypatch.setattr(bench.cache, "look_up", lambda _: 1 / 0)
-    assert [answer.status for answer in bench.ask(raw(1, 2, 3), BAD)] == [500, 400]
+    assert outcomes(bench.ask(raw(1, 2, 3), BAD)) == ["MISS", "ERROR"]
+    assert "the cache cannot be asked" in caplog.text and "ZeroDivisionError" in caplog.text
+
+
+def test_a_batch_that_fails_is_answered_not_raised(bench: Bench, monkeypatch: Any, caplog: Any) -> None:
+    bench.ask(raw(4, 5, 6))
+    monkeypatch.setattr(bench.service, "_run", lambda _: 1 / 0)
+    assert [answer.status for answer in bench.ask(raw(1, 2, 3), BAD, raw(4, 5, 6))] == [500, 400, 200]
+    assert "a batch failed; requests r(1, 2, 3), bad, r(4, 5, 6)" in caplog.text
 
 
 PIXEL = st.integers(0, 3)
