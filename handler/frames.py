@@ -119,7 +119,7 @@ def request(data: bytes, at: int, likely: Likely, read: Read) -> tuple[Request |
             raise Incomplete(at - len(data))
         parts.append((name.decode(), kind.decode(), value))
     found = read(request_id, headers, parts)
-    if len(parts) == 1 and found.payload is value and not (found.error or found.describe):
+    if len(parts) == 1 and value and found.payload is value:  # one that cannot be read has no payload
         likely = data[begin : at - len(value)], found
     return found, at + 4, likely
 

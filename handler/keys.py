@@ -26,8 +26,11 @@ class Keys:
     """Keys of answers, by the contract; `key` makes one of a kind and a body."""
 
     def __init__(self, contract: Contract, key: Callable[[str, bytes], bytes]) -> None:
-        self.contract, self.key = contract, key
-        self._known = functools.lru_cache(REMEMBERED)(self._keyed)
+        def keyed(payload: bytes, content_type: str, options: Options | None) -> Keyed:
+            kind = codecs.kind_of(payload, content_type, contract)
+            return Keyed(kind, key(f"{kind} {options}" if options else kind, payload))
+
+        self._keyed, self._known = keyed, functools.lru_cache(REMEMBERED)(keyed)
 
     def of(self, requests: Sequence[Request]) -> tuple[list[Keyed], list[bytes]]:
         """What each is, and the keys that the cache is asked, empty for what is not to be found there."""
@@ -45,7 +48,3 @@ class Keys:
             found.append(keyed)
             asked.append(keyed.key if request.look_up else b"")
         return found, asked
-
-    def _keyed(self, payload: bytes, content_type: str, options: Options | None) -> Keyed:
-        kind = codecs.kind_of(payload, content_type, self.contract)
-        return Keyed(kind, self.key(f"{kind} {options}" if options else kind, payload))

@@ -146,6 +146,7 @@ def test_the_bytes_of_any_reply_are_the_same_by_both_ways(worker: Worker, images
     plain = post(images[7].tobytes(), RAW)
     sent += [by(route, plain, X_Options=ask) for route in (PREDICT, EXPLAIN) for ask in (ALL, {"top_k": 0})]
     sent += [DESCRIBE, by(PREDICT, plain, describe="True"), multipart(**{"X-Options": ("", b"x"), "data": (RAW, b"x")})]
+    sent += [by(PREDICT, post(END * 2, RAW), X_Options={"top_k": 0})] * 2  # the second is not like the first
     sent += [multipart(body=("", images[5].tobytes()), data=(RAW, images[6].tobytes()))]
     data = frame(sent)
     service = worker.handler.service

@@ -142,6 +142,7 @@ def test_a_size_that_fits_is_kept_and_the_log_says_so(
 ) -> None:
     model = load(root, contract, "onnx", micro_batch=32)
     seen = cramped(model, 10, set())
+    caplog.set_level("WARNING")
     model.predict(some[:20])
     assert seen == [20, 10, 10]
     assert len(caplog.messages) == 1 and "no memory for 20 images at a time on cpu: OutOf" in caplog.messages[0]

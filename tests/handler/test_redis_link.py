@@ -29,7 +29,7 @@ def clock() -> Clock:
 
 @pytest.fixture(autouse=True)
 def listening(caplog: pytest.LogCaptureFixture) -> None:
-    caplog.set_level(logging.INFO)
+    caplog.set_level(logging.WARNING)  # an earlier test's worker may still emit its metrics, by INFO
 
 
 def over(link: RedisLink) -> RedisStore:

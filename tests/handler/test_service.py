@@ -17,10 +17,8 @@ from handler.cache import CacheManager
 from handler.contract import Contract, probabilities
 from handler.errors import BadInput
 from handler.inside import Inside
-from handler.keys import SHORT_BYTES
 from handler.messages import Answer, Request
 from handler.metrics import Metrics
-from handler.options import Options
 from handler.service import Service
 from handler.settings import LimitSettings
 from handler.stores import MemoryStore
@@ -117,19 +115,6 @@ def test_what_cannot_be_stored_is_logged_and_the_rest_is_done(bench: Bench, capl
     assert outcomes(bench.ask(raw(1, 2, 3))) == ["MISS"]
     assert "an answer is not stored, or not counted" in caplog.text and "ZeroDivisionError" in caplog.text
     assert list(bench.metrics.noted["distillery_batch_requests"]) == [1]
-
-
-def test_what_a_short_request_means_is_remembered(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
-    """By type and options, too; a long one is hashed again, for to remember it would take its size."""
-    asked: list[str] = []
-    key = bench.cache.key
-    monkeypatch.setattr(bench.service.keys, "key", lambda kind, payload: asked.append(kind) or key(kind, payload))  # type: ignore[func-returns-value]
-    short = raw(1, 2, 3), raw(1, 2, 3, options=Options(top_k=1)), rows([1, 2, 3])
-    long = Request(payload=dumps([[3, 2, 1]]) + b" " * SHORT_BYTES, content_type=JSON)
-    first, again = bench.ask(*short, long), bench.ask(*short, long)
-    assert asked == ["raw", f"raw {Options(top_k=1)}", "json", "json", "json"]
-    assert outcomes(first) == ["MISS"] * 4 and outcomes(again) == ["HIT"] * 4
-    assert len({answer.body for answer in again}) == 3, "raw and JSON of the same pixels"
 
 
 def test_equal_requests_of_a_batch_are_computed_once(bench: Bench) -> None:

@@ -138,6 +138,18 @@ def test_a_claim_that_comes_to_nothing_is_given_up(new: New) -> None:
     assert len(batches(other)) == 1
 
 
+def test_redis_is_not_asked_for_what_has_no_key(new: New, redis_server: RedisServer) -> None:
+    service = new()
+    service.answer([raw(1, 2, 3)])
+    before = redis_server.round_trips()
+    assert outcomes(service.answer([BAD, raw(4, 5, 6, look_up=False, store=False), raw(1, 2, 3)])) == [
+        "ERROR",
+        "BYPASS",
+        "HIT",
+    ]
+    assert redis_server.round_trips() == before + 1  # to ask for the number
+
+
 def test_a_redis_that_is_gone_changes_no_answer(own_redis: RedisServer) -> None:
     cache = CacheManager(MemoryStore(entries=9, size_bytes=9999, ttl_s=60), [], own_redis.store(Clock()), 3600)
     service = Service(Echo(), cache, LimitSettings(), {}, Metrics(), CLOSED)
