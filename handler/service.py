@@ -6,7 +6,7 @@ kind, key ─► look up ─┬─ hits ─────────────�
 """
 
 import logging
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from time import perf_counter
 from typing import TYPE_CHECKING
 
@@ -15,7 +15,7 @@ from handler.cache import CacheManager
 from handler.codecs import answer
 from handler.errors import Internal
 from handler.heads import Scores, head_each
-from handler.keys import Keys
+from handler.keys import Keyed, Keys
 from handler.messages import Answer, Outcome, Request
 from handler.metrics import Metrics
 from handler.settings import LimitSettings
@@ -61,14 +61,9 @@ class Service:
         began = perf_counter()
         keyed, asked = self.keys.of(requests)
         heads = self._look_up(asked)
-        lacking = zip(requests, keyed, heads, strict=True) if None in heads else ()
-        rest = [Work(request, what) for request, what, head in lacking if head is None]
-        try:
-            self._compute([work for work in rest if work.key])
-        except Exception:
-            log.exception("a batch failed; requests %s", ", ".join(request.request_id for request in requests))
-        closed, kept = map(self._close, rest), self.tails["HIT"]
-        answers = [next(closed) if head is None else Answer(200, head + kept, "HIT") for head in heads]
+        rest = self._rest(requests, keyed, heads) if None in heads else iter(())
+        tail = self.tails["HIT"]
+        answers = [next(rest) if head is None else Answer(200, head + tail, "HIT") for head in heads]
         self.seconds["batch"].append(perf_counter() - began)
         self.later.append(lambda: self.metrics.batch(len(requests)))
         return answers
@@ -93,10 +88,21 @@ class Service:
         finally:
             self.seconds["lookup"].append(perf_counter() - began)
 
+    def _rest(
+        self, requests: Iterable[Request], keyed: Iterable[Keyed], heads: Iterable[bytes | None]
+    ) -> Iterator[Answer]:
+        """Answers to those that the cache has no head for, in order."""
+        lacking = zip(requests, keyed, heads, strict=True)
+        batch = [Work(request, what) for request, what, head in lacking if head is None]
+        try:
+            if missed := [work for work in batch if work.key]:
+                self._compute(missed)
+        except Exception:
+            log.exception("a batch failed; requests %s", ", ".join(work.request.request_id for work in batch))
+        return map(self._close, batch)
+
     def _compute(self, missed: list[Work]) -> None:
         """Heads for what the cache lacks, each computed once however many ask the same."""
-        if not missed:
-            return
         leads: dict[bytes, Work] = {}
         for work in missed:
             lead = leads.setdefault(work.key, work)

@@ -20,7 +20,7 @@ class Work:
 
     def __init__(self, request: Request, keyed: Keyed) -> None:  # a dataclass would set all the rest, too
         self.request = request
-        self.kind, self.key, self.error = keyed
+        self.kind, self.key, self.error = keyed.kind, keyed.key, keyed.error
         self.outcome: Outcome = "MISS" if request.look_up else "BYPASS"
 
 
