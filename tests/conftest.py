@@ -3,10 +3,11 @@
 import functools
 import os
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from coverage import Coverage
 from hypothesis import HealthCheck, settings
 
 from serving import archive as archives
@@ -17,6 +18,23 @@ from training.processes import turn
 # A busy machine is no failure: examples are bounded in number, not in time.
 settings.register_profile("house", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("house")
+
+
+TRAINING = Path(__file__).parent / "training"
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
+    """What is measured is handler/, which has tests of its own; it would slow those of training by a fifth."""
+    stopped = []  # pytest-cov has begun two in each process of pytest-xdist, one over the other
+    while item.path.is_relative_to(TRAINING) and (measured := Coverage.current()):
+        measured.stop()
+        stopped.append(measured)
+    try:
+        return (yield)
+    finally:
+        for measured in reversed(stopped):
+            measured.start()
 
 
 def once(factory: pytest.TempPathFactory, name: str, make: Callable[[Path], object]) -> Path:
