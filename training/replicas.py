@@ -63,7 +63,9 @@ class Replicas:
         if jobs < 1:
             raise SettingsError(f"jobs: expected at least 1, got {jobs}")
         self.jobs = jobs
-        self.environment = {**os.environ, "OMP_NUM_THREADS": str(max(1, CORES // jobs))}
+        threads = str(max(1, CORES // jobs))
+        # Unbuffered, so that the last line of a log is the last that was written.
+        self.environment = {**os.environ, "OMP_NUM_THREADS": threads, "PYTHONUNBUFFERED": "1"}
         self.alive: set[subprocess.Popen[bytes]] = set()
         self.lock, self.closed = threading.Lock(), False
 
