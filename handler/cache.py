@@ -88,9 +88,9 @@ class CacheManager:
             there = self._keep(self.shared.fetch(list(dict.fromkeys(lacking))))
             self.shared_hits += sum(key in there for key in lacking)
             found = [there.get(key) if answer is None else answer for key, answer in zip(keys, found, strict=True)]
-        lacking_now = found.count(None)
-        self.misses += lacking_now - keys.count(b"")
-        self.hits += len(found) - lacking_now
+        without = found.count(None)
+        self.misses += without - keys.count(b"")
+        self.hits += len(found) - without
         return found
 
     def claim(self, keys: Iterable[bytes]) -> set[bytes]:
