@@ -50,6 +50,7 @@ def options_of(arguments: list[str] | None) -> argparse.Namespace:
     p.add_argument("--exponent", type=float, default=1.0, help="of Zipf's law (default: %(default)s)")
     p.add_argument("--clients", type=int, nargs="+", default=[1, 8, 32, 64, 128])
     p.add_argument("--open", type=float, nargs="*", default=[0.2, 0.5, 0.8], help="shares of the best capacity")
+    p.add_argument("--together", action="store_true", help="all up at once, closed loops only: for ratios near 1")
     p.add_argument("--rounds", type=int, default=5)
     p.add_argument("--seconds", type=int, default=3, help="a point (default: %(default)s)")
     p.add_argument("--warm-up", type=int, default=25, help="seconds, after each start (default: %(default)s)")
@@ -62,6 +63,7 @@ def options_of(arguments: list[str] | None) -> argparse.Namespace:
     found.reference = found.reference or found.peers[0]
     if found.quick:
         found.rounds, found.seconds, found.warm_up, found.clients = 1, 1, 0, [1, 32]
+    found.open = [] if found.together else found.open
     if min(found.rounds, found.seconds, found.workers, *found.clients) < 1 or found.warm_up < 0:
         p.error("expected --rounds, --seconds, --workers and --clients of at least 1")
     return found
@@ -112,7 +114,10 @@ def measure(options: argparse.Namespace, store: Path) -> dict[str, Any]:
     bench = Bench(traffic, stage, options.seconds, options.warm_up)
     about = {"machine": machine(), "generator": generator.check(bench, options.clients)}
     points = [Point(form, kind, n) for form in options.forms for kind in options.traffic for n in options.clients]
-    outcome = rounds.run(bench, names, points, options.rounds, options.open)
+    if options.together:
+        outcome = rounds.together(bench, names, points, options.rounds)
+    else:
+        outcome = rounds.by_turns(bench, names, points, options.rounds, options.open)
     return {
         **about,
         "student": {"digest": digest, "network": Contract.read(bundle / FILES.contract).network},

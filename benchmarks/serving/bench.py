@@ -1,4 +1,4 @@
-"""One visit to a contestant: started, asked until it is ready, verified, measured at each point, and ended."""
+"""One contestant: started, asked until it is ready, verified, warmed up, measured at each point, and ended."""
 
 import tempfile
 from collections import Counter
@@ -47,8 +47,9 @@ class Bench:
     warm_up: int
     _sent: Counter[tuple[str, str]] = field(default_factory=Counter)
 
-    def visit(self, contestant: Contestant, points: Sequence[Point], number: int) -> list[dict[str, Any]]:
-        """One record a point that it can be asked; DistilleryError when it cannot be measured."""
+    @contextmanager
+    def ready(self, contestant: Contestant, points: Sequence[Point], number: int) -> Iterator[int]:
+        """The contestant, verified and warm for the points that it can be asked; DistilleryError when it cannot be."""
         asked = [point for point in points if point.form in contestant.wires]
         with self.serving(contestant) as port:
             for form in dict.fromkeys(point.form for point in asked):
@@ -56,7 +57,7 @@ class Bench:
             for form, traffic in dict.fromkeys((point.form, point.traffic) for point in asked if self.warm_up):
                 known = "hits" if traffic in REPEATS else traffic
                 self._closed(port, contestant, Point(form, known, AT_ONCE), number, self.warm_up)
-            return [asdict(point) | self.measure(port, contestant, point, number) for point in asked]
+            yield port
 
     @contextmanager
     def serving(self, contestant: Contestant) -> Iterator[int]:
@@ -69,9 +70,9 @@ class Bench:
                 yield stage.port
 
     def measure(self, port: int, contestant: Contestant, point: Point, number: int) -> dict[str, Any]:
-        """The figures of one point: requests a second, latencies, refusals, and how many of how many were wrong."""
+        """The record of one point: requests a second, latencies, refusals, and how many of how many were wrong."""
         measure = self._closed if point.clients else self._open
-        return measure(port, contestant, point, number, self.seconds)
+        return asdict(point) | measure(port, contestant, point, number, self.seconds)
 
     def _verify(self, port: int, contestant: Contestant, form: str, number: int) -> None:
         """Many at once, each answer judged; it warms the contestant up, too."""

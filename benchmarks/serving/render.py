@@ -36,8 +36,8 @@ def markdown(result: Mapping[str, Any]) -> str:
         "",
         f"{machine['cpu']}, {machine['cores']} cores, which client and server share; load of others before it "
         f"{machine['load_before']}. Student {result['student']['network']}, digest {result['student']['digest'][:12]}. "
-        f"{settings['rounds']} rounds of {settings['seconds']} s a point, in an order drawn anew for each; "
-        "median (least to greatest) over the rounds.",
+        f"{settings['rounds']} rounds of {settings['seconds']} s a point, in an order drawn anew for each"
+        f"{', all up at once' if settings.get('together') else ''}; median (least to greatest) over the rounds.",
     ]
     for form, kind in _kinds(result["points"]):
         lines += _section(result, form, kind)
