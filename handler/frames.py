@@ -16,6 +16,7 @@ from collections.abc import Callable, Sequence
 from http import HTTPStatus
 from typing import Any
 
+from handler.forms import Parts
 from handler.messages import HEADERS, Answer, Outcome, Request
 
 log = logging.getLogger(__name__)
@@ -24,9 +25,6 @@ CHUNK = 1 << 18  # bytes that one read asks for: more than a Unix socket holds
 _pack, _unpack = struct.Struct("!i").pack, struct.Struct("!i").unpack_from
 END = _pack(-1)
 
-
-Parts = list[tuple[str, str, bytes]]
-"""Name, Content-Type and value: one named "body", or those of a multipart body."""
 Read = Callable[[str, bytes, Parts], Request]
 """What an id, the headers as they stand in the frame (`parsed` reads them) and parts ask for; never raises."""
 Likely = tuple[bytes, Request] | None

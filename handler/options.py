@@ -6,6 +6,7 @@ The header is `X-Options`. Where both are given, the body's wins, name by name.
 """
 
 import functools
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
@@ -14,6 +15,8 @@ import orjson
 
 from handler.errors import BadInput, json_type, unknown
 
+FORM = "multipart/form-data"
+_BOUNDARY = re.compile(r';\s*boundary="?([^";]+)', re.IGNORECASE)
 OFFERED = {"top_k": "a whole number above 0", "logits": "true or false", "features": "true or false"}
 
 
@@ -35,13 +38,17 @@ NONE = Options()
 
 
 class Wishes(NamedTuple):
-    """Of the headers: Content-Type, whether the cache may answer, and keep the answer, options, a description."""
+    """Of the headers: Content-Type, whether the cache may answer, and keep the answer, options, a description.
+
+    `boundary` is None unless the body is a form; then it is what its parts lie between, empty if no header tells.
+    """
 
     content_type: str
     look_up: bool
     store: bool
     options: Options | None
     describe: bool
+    boundary: str | None = None
 
 
 def wishes(headers: Mapping[str, str], own: str = "") -> Wishes:
@@ -60,7 +67,10 @@ def wishes(headers: Mapping[str, str], own: str = "") -> Wishes:
             raise BadInput("bad_option", 'X-Options: expected a JSON object such as {"top_k": 3}') from None
     look_up, store = control.isdisjoint({"no-cache", "no-store"}), "no-store" not in control
     describe = headers.get("describe") == "True" and "explain" not in headers
-    return Wishes(media(own) or media(lower.get("content-type", "")), look_up, store, options, describe)
+    content_type, boundary = lower.get("content-type", ""), None
+    if media(own) == FORM:  # of a form that is taken apart already it is the part's
+        boundary = found[1] if (found := _BOUNDARY.search(content_type)) else ""
+    return Wishes(media(own) or media(content_type), look_up, store, options, describe, boundary)
 
 
 @functools.lru_cache(256)

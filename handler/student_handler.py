@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import handler
-from handler import frames
+from handler import forms, frames
 from handler.bundle import FILES, verify
 from handler.cache import CacheManager
 from handler.codecs.features import canonical
@@ -24,7 +24,7 @@ from handler.inside import Inside
 from handler.messages import Answer, Request
 from handler.metrics import Metrics, resident, to_torchserve
 from handler.model import load_model, replay
-from handler.options import Wishes, wishes
+from handler.options import Wishes, media, wishes
 from handler.service import Service
 from handler.settings import HandlerSettings, environment, load
 
@@ -121,10 +121,13 @@ def _request(request_id: str, parts: Parts, read: Callable[[T, str], Wishes], he
     try:
         plain = len(parts) == 1 and parts[0][0] == "body"  # nearly all are
         own, value = parts[0][1:] if plain else _part(parts)
-        content_type, look_up, store, options, description = read(headers, own)
+        content_type, look_up, store, options, description, boundary = read(headers, own)
         if description and not parts:  # whereas a prediction has a part, be it empty
             return Request(request_id=request_id, describe=True)
         payload = value if isinstance(value, bytes) else _payload(value, content_type)
+        if boundary is not None:
+            own, payload = _part(forms.parts(payload, boundary))
+            content_type = media(own)
         return Request(payload, content_type, request_id, look_up, store, options)
     except Exception as error:
         return Request(request_id=request_id, error=told(error, request_id))

@@ -14,6 +14,7 @@ import psutil
 from handler.bundle import atomic
 from handler.errors import BundleError, DistilleryError
 from serving import archive as archives
+from serving import frontend
 from serving.archive import Archive
 from serving.client import Client
 from serving.instance import Instance, Record, alive, java, taken
@@ -113,6 +114,7 @@ def _launch(instance: Instance, archive: Archive, config: Path, tokens: bool) ->
     env = environment(instance, os.environ)
     shutil.rmtree(instance.temporary, ignore_errors=True)
     instance.temporary.mkdir(parents=True)
+    env["JAVA_HOME"] = str(frontend.repaired(Path(env["JAVA_HOME"]), instance.temporary / "java"))
     beside = config.resolve().parent
     declared = {"metrics_config": beside / "metrics.yaml"} if (beside / "metrics.yaml").is_file() else {}
     lines = [f"{key}={value}\n" for key, value in {**declared, **instance.properties}.items()]

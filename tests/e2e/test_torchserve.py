@@ -19,6 +19,7 @@ import psutil
 import pytest
 import requests
 from PIL import Image
+from urllib3.filepost import encode_multipart_formdata
 
 from handler.metrics import METRICS
 from serving import archive
@@ -102,6 +103,19 @@ def test_every_form_of_one_image_gets_one_answer(served: Site, golden: archive.G
     assert np.abs(scores - scores[0]).max() < 1e-6
     kserve = post(served.instance(), json.dumps({"instances": rows}), "application/json")
     assert np.abs(np.array(kserve.json()["predictions"][0]) - scores[0]).max() < 1e-6
+
+
+def test_forms_are_the_workers_and_cost_nothing_when_they_are_broken(served: Site, golden: archive.Golden) -> None:
+    """TorchServe itself answers such with 500 and keeps the memory of each: after a hundred of these it takes none."""
+    instance, image = served.instance(), golden.images[4]
+    body, kind = encode_multipart_formdata({"data": ("a.png", picture(Image.fromarray(image[:, :, 0])), "image/png")})
+    whole, plain = post(instance, body, kind), post(instance, image.tobytes(), RAW)
+    assert whole.json()["prediction"] == [pytest.approx(plain.json()["prediction"][0], abs=1e-6)]
+    large = b'--x\r\nContent-Disposition: form-data; name=""\r\n\r\n' + bytes(5_000_000)
+    broken = [post(instance, large, "multipart/form-data; boundary=x") for _ in range(100)]
+    assert {(answer.status_code, answer.json().get("code")) for answer in broken} == {(400, "bad_form")}
+    assert post(instance, b"a=%", "application/x-www-form-urlencoded").json()["code"] == "unsupported_media"
+    assert post(instance, body, kind).headers["X-Cache"] == "HIT"
 
 
 def test_options_and_explanations_beside_predictions(served: Site, golden: archive.Golden) -> None:

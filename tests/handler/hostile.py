@@ -18,7 +18,7 @@ Hostile = tuple[bytes, str | None]
 """A body and its Content-Type."""
 TYPES = (None, "", JSON, RAW, "image/png", "image/jpeg", "text/plain", "x" * 300)
 FORMS = "application/x-www-form-urlencoded", "multipart/form-data; boundary=x", "multipart/form-data"
-"""TorchServe itself takes these apart, before a worker sees them."""
+"""What TorchServe itself takes apart, unless it is kept from it."""
 BOMB = zlib.compress(bytes(1 << 20), 9)
 EXTREME = (0, 1, 0x7F, 0xFF, 0x7FFF, 0xFFFF, 0x7FFFFFFF, 0xFFFFFFFF)
 NASTY = (

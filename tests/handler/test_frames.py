@@ -18,7 +18,8 @@ from ts.service import Service
 
 from handler import frames
 from handler.cache import CacheManager
-from handler.frames import Parts, Reader
+from handler.forms import Parts
+from handler.frames import Reader
 from handler.messages import Answer, Outcome, Request
 from handler.settings import CacheSettings
 from handler.student_handler import _request_in_frame

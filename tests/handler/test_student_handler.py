@@ -15,6 +15,7 @@ import pytest
 import torch
 import yaml
 from PIL import Image
+from urllib3.filepost import encode_multipart_formdata
 
 from handler import student_handler
 from handler.bundle import FILES, seal
@@ -28,6 +29,12 @@ from tests.handler.payloads import JSON, RAW, Golden, Pixels, b64, dumps, featur
 from tests.harness import Post, Reply, Worker, multipart, post
 
 MEDIA = 415, "unsupported_media"
+
+
+def form(*parts: tuple[str, str, bytes]) -> Post:
+    """A form that the front end has left to the worker: name, type and value of each part."""
+    body, kind = encode_multipart_formdata([(name, ("name.x", value, own)) for name, own, value in parts])
+    return post(body, kind)
 
 
 def forms(image: Pixels) -> dict[str, Post]:
@@ -45,6 +52,12 @@ def forms(image: Pixels) -> dict[str, Post]:
         "part raw": multipart(data=(RAW, image.tobytes())),
         "part json": multipart(data=(JSON, features(image))),
         "part of no type": multipart(data=("", png(image))),
+        "form, png": form(("note", "", b"x"), ("data", "image/png", png(image))),
+        "form, raw": form(("data", RAW, image.tobytes())),
+        "form, json": form(("data", JSON, features(image))),
+        "form, png of no type": form(("data", "", png(image))),
+        "form, type in capitals": form(("data", "Application/Octet-Stream; x=y", image.tobytes())),
+        "png as curl sends it": post(png(image), "application/x-www-form-urlencoded"),
         "features": post(features(image), JSON),
         "features, charset": post(features(image), "application/json; charset=utf-8"),
         "features, type in lower case": Post(
@@ -75,6 +88,13 @@ def bad() -> dict[str, tuple[Post, tuple[int, str]]]:
         "no row": (Post(), (400, "empty_body")),
         "form": (Post({"Content-Type": "application/x-www-form-urlencoded"}), (400, "empty_body")),
         "other part": (multipart(image=("image/png", png(image))), (400, "empty_body")),
+        "form, empty": (form(), (400, "empty_body")),
+        "form, other part": (form(("image", "image/png", png(image))), (400, "empty_body")),
+        "form, part with nothing": (form(("data", "image/png", b"")), (400, "empty_body")),
+        "form of no boundary": (post(b"--x--", "multipart/form-data"), (400, "bad_form")),
+        "form of another boundary": (post(b"--y\r\n\r\n--y--", "multipart/form-data; boundary=x"), (400, "bad_form")),
+        "form in a form": (form(("data", "multipart/form-data", b"--x--")), MEDIA),
+        "urlencoded": (post(b"data=1", "application/x-www-form-urlencoded"), MEDIA),
         "truncated png": (post(png(image)[:-30], "image/png"), (400, "bad_image")),
         "truncated jpeg": (post(jpeg(image)[:-99], "image/jpeg"), (400, "bad_image")),
         "png magic only": (post(png(image)[:8]), (400, "bad_image")),

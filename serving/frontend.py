@@ -1,0 +1,57 @@
+"""One repair of TorchServe's frontend: it leaves forms to the worker, as it leaves JSON.
+
+Its own decoder answers many a broken form with 500, and logs it with what was sent: any client can raise the alarm of
+whoever is on call. Worse, it never gives back the memory of those: a hundred of 5 MB, and the server refuses all larger
+bodies until it is started anew. So in a copy of the class that has the names of the media types, the two of forms are
+what no header can hold; the body goes to the worker like any other, and handler/forms.py takes it apart.
+"""
+
+import shlex
+import struct
+import zipfile
+from importlib.util import find_spec
+from pathlib import Path
+
+NAMES = "io/netty/handler/codec/http/HttpHeaderValues.class"
+FORMS = ("multipart/form-data", "application/x-www-form-urlencoded")
+NEVER = "\v"  # Netty refuses a header with it
+JAVA = """#!/bin/sh
+# TorchServe has Java look for classes in the working folder first: in that of the repaired one instead.
+for word do
+    shift
+    case $word in .:*) word={classes}${{word#.}} ;; esac
+    set -- "$@" "$word"
+done
+exec {java} "$@"
+"""
+
+
+def repaired(java_home: Path, folder: Path) -> Path:
+    """A JAVA_HOME, written in `folder`, for a TorchServe with the repair; that given where this is not as expected."""
+    code = _class()
+    if any(code.count(_entry(form)) != 1 for form in FORMS):
+        return java_home
+    for form in FORMS:
+        code = code.replace(_entry(form), _entry(NEVER))
+    path, java = folder / "classes" / NAMES, folder / "bin" / "java"
+    for file in (path, java):
+        file.parent.mkdir(parents=True)
+    path.write_bytes(code)
+    words = {"classes": folder / "classes", "java": java_home / "bin" / "java"}
+    java.write_text(JAVA.format(**{name: shlex.quote(str(path)) for name, path in words.items()}))
+    java.chmod(0o755)
+    return folder
+
+
+def _class() -> bytes:
+    """The class as this TorchServe has it; empty where there is none."""
+    spec = find_spec("ts")
+    for package in (spec and spec.submodule_search_locations) or ():
+        with zipfile.ZipFile(Path(package) / "frontend" / "model-server.jar") as jar:
+            return jar.read(NAMES) if NAMES in jar.namelist() else b""
+    return b""
+
+
+def _entry(text: str) -> bytes:
+    """An entry of a class's constant pool: tag, length, text (The Java Virtual Machine Specification, 4.4.7)."""
+    return struct.pack(">BH", 1, len(text)) + text.encode()
