@@ -21,7 +21,7 @@ HEADERS: Mapping[Outcome, Headers] = {
 
 @dataclass(slots=True)
 class Request:
-    """One request: its body and Content-Type (lower case, no parameters), or the error that reading it met.
+    """One request: its body and Content-Type (lower case, no parameters), or no body and the error that reading it met.
 
     `look_up` false: the model answers even if the cache could. `store` false: the cache does not keep the answer.
     `options` None is the plain answer. `describe` asks for nothing but a description of the model.

@@ -6,12 +6,15 @@ bodies until it is started anew. So in a copy of the class that has the names of
 what no header can hold; the body goes to the worker like any other, and handler/forms.py takes it apart.
 """
 
+import logging
+import os
 import shlex
 import struct
 import zipfile
 from importlib.util import find_spec
 from pathlib import Path
 
+log = logging.getLogger(__name__)
 NAMES = "io/netty/handler/codec/http/HttpHeaderValues.class"
 FORMS = ("multipart/form-data", "application/x-www-form-urlencoded")
 NEVER = "\v"  # Netty refuses a header with it
@@ -27,19 +30,20 @@ exec {java} "$@"
 
 
 def repaired(java_home: Path, folder: Path) -> Path:
-    """A JAVA_HOME, written in `folder`, for a TorchServe with the repair; that given where this is not as expected."""
-    code = _class()
-    if any(code.count(_entry(form)) != 1 for form in FORMS):
+    """A JAVA_HOME, written in `folder`, for a TorchServe with the repair; the one given where that cannot be made."""
+    code, java = _class(), folder / "bin" / "java"
+    if all(code.count(_entry(form)) == 1 for form in FORMS):
+        for form in FORMS:
+            code = code.replace(_entry(form), _entry(NEVER))
+        words = {"classes": folder / "classes", "java": java_home / "bin" / "java"}
+        script = JAVA.format(**{name: shlex.quote(str(path)) for name, path in words.items()})
+        for path, content in ((folder / "classes" / NAMES, code), (java, script.encode())):
+            path.parent.mkdir(parents=True)
+            path.write_bytes(content)
+        java.chmod(0o755)
+    if not os.access(java, os.X_OK):  # or the file system lets nothing be run
+        log.warning("TorchServe will take forms apart itself, which docs/wire.md warns of: %s cannot be made", java)
         return java_home
-    for form in FORMS:
-        code = code.replace(_entry(form), _entry(NEVER))
-    path, java = folder / "classes" / NAMES, folder / "bin" / "java"
-    for file in (path, java):
-        file.parent.mkdir(parents=True)
-    path.write_bytes(code)
-    words = {"classes": folder / "classes", "java": java_home / "bin" / "java"}
-    java.write_text(JAVA.format(**{name: shlex.quote(str(path)) for name, path in words.items()}))
-    java.chmod(0o755)
     return folder
 
 

@@ -3,7 +3,8 @@
 import shutil
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
+from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -15,13 +16,16 @@ from hypothesis import strategies as st
 
 from benchmarks.serving import closed, generator, heavy, payloads, render, rounds, summary
 from benchmarks.serving.__main__ import main
-from benchmarks.serving.bench import Point
-from benchmarks.serving.contestants import CONTESTANTS
+from benchmarks.serving.bench import Bench, Point
+from benchmarks.serving.contestants import CONTESTANTS, Contestant, nothing
 from benchmarks.serving.environments import PEERS
 from benchmarks.serving.payloads import WIRES, Pool
+from benchmarks.serving.processes import Alive
+from benchmarks.serving.stage import Stage
 from benchmarks.serving.traffic import Traffic
 from handler.bundle import verify
 from handler.choice import read_evidence
+from handler.errors import DistilleryError
 from serving import driver
 from serving.driver import Drive
 from training import measure
@@ -238,6 +242,46 @@ def test_open_loops_stay_below_what_one_can_bear() -> None:
     assert [point.rate for point in found["mosec"]] == [8.0]
     assert [point.rate for point in found["distillery-throughput"]] == [8.0, 20.0, 32.0]
     assert all(point.clients == 0 for points in found.values() for point in points)
+
+
+@pytest.mark.skipif(not shutil.which("wrk"), reason="wrk is not installed")
+def test_together_all_are_up_at_once_and_who_falls_is_left_out(
+    traffic: Traffic, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    up: set[str] = set()
+
+    @contextmanager
+    def seen(stage: Stage, name: str) -> Iterator[Alive]:
+        with nothing(stage) as alive:
+            up.add(name)
+            yield alive
+            up.remove(name)
+
+    def absent(stage: Stage) -> AbstractContextManager[Alive]:
+        raise DistilleryError("not here")
+
+    for name in ("one", "other", "falling"):
+        monkeypatch.setitem(CONTESTANTS, name, Contestant(name, "/", partial(seen, name=name), ceiling=True))
+    monkeypatch.setitem(CONTESTANTS, "absent", Contestant("absent", "/", absent))
+    stage = Stage(tmp_path, "onnx", 0, tmp_path, tmp_path / "absent", tmp_path, 1)
+
+    class Watched(Bench):
+        def measure(self, port: int, contestant: Contestant, point: Point, number: int) -> dict[str, Any]:
+            assert up == {"one", "other", "falling"}
+            if contestant.title == "falling" and number == 1:
+                raise DistilleryError("gone")
+            return super().measure(port, contestant, point, number)
+
+    points = [Point("raw", "unique", n) for n in (1, 2)]
+    found = rounds.together(Watched(traffic, stage, 1, 0), ["one", "absent", "falling", "other"], points, 2)
+    assert found.left_out == {"absent": "not here", "falling": "round 2: gone"}
+    measured = [(record["round"], record["clients"], record["contestant"]) for record in found.records]
+    assert sorted(measured, key=str) == sorted(
+        ((number, n, name) for number in (0, 1) for n in (1, 2) for name in ("one", "other", "falling")
+         if name != "falling" or number == 0), key=str,
+    )  # fmt: skip
+    assert [(number, n) for number, n, _ in measured] == sorted((number, n) for number, n, _ in measured)
+    assert all(record["requests_per_s"] > 0 for record in found.records) and not up
 
 
 @pytest.mark.parametrize("share", [0.5, 0.9, 0.99])

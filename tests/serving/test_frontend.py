@@ -1,5 +1,6 @@
 """The repaired frontend as far as files go; that TorchServe runs with it is tests/e2e/test_torchserve.py."""
 
+import os
 import subprocess
 from pathlib import Path
 
@@ -38,8 +39,16 @@ def test_only_the_names_of_the_forms_differ(java_home: Path, tmp_path: Path) -> 
 
 @pytest.mark.parametrize("code", [b"", b"\x01\x00\x13multipart/form-data"])
 def test_a_torchserve_that_is_not_as_expected_is_left_alone(
-    java_home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: bytes
+    java_home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, code: bytes
 ) -> None:
     monkeypatch.setattr(frontend, "_class", lambda: code)
     assert frontend.repaired(java_home, tmp_path / "java") == java_home
     assert not (tmp_path / "java").exists()
+    assert "TorchServe will take forms apart itself" in caplog.text
+
+
+def test_where_nothing_may_be_run_the_given_java_is(
+    java_home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("os.access", lambda path, mode: mode != os.X_OK)
+    assert frontend.repaired(java_home, tmp_path / "java") == java_home
