@@ -1,4 +1,4 @@
-"""The codecs under a fuzzer that looks for new branches, theirs and Pillow's: only refusals may come out, in a second.
+"""Codecs and forms under a fuzzer that looks for new branches, Pillow's too: only refusals may come out, in a second.
 
 atheris is no requirement of this project: `pip install atheris`, where it has a wheel for this Python.
 
@@ -15,8 +15,8 @@ from pathlib import Path
 
 import atheris
 
-with atheris.instrument_imports(include=["handler.codecs", "PIL"]):
-    from handler import codecs
+with atheris.instrument_imports(include=["handler.codecs", "handler.forms", "PIL"]):
+    from handler import codecs, forms
 
 from handler.contract import Contract
 from handler.errors import ServeError
@@ -26,6 +26,7 @@ from tests.handler.hostile import TYPES, hostile
 CONTRACTS = [Contract(network="any", channels=channels, height=28, width=28, labels=("a", "b")) for channels in (1, 3)]
 SEEDS = 2000  # generated bodies to begin with
 LONGEST = 8192
+BOUNDARY = "x"  # that of the generated forms
 
 
 def one(data: bytes) -> None:
@@ -33,6 +34,8 @@ def one(data: bytes) -> None:
     kind, contract = TYPES[data[0] % len(TYPES)] if data else "", CONTRACTS[data[1] % 2 if len(data) > 1 else 0]
     with contextlib.suppress(ServeError):
         codecs.decode(codecs.kind_of(data[2:], kind or "", contract), data[2:], contract, LimitSettings())
+    with contextlib.suppress(ServeError):
+        forms.parts(data[2:], BOUNDARY)
 
 
 def main() -> None:

@@ -20,7 +20,7 @@ from PIL import Image
 from benchmarks.endurance.site import PATH
 from benchmarks.serving import payloads
 from benchmarks.serving.payloads import Pixels
-from handler import codecs
+from handler import codecs, forms
 from handler.bundle import FILES
 from handler.contract import Contract, probabilities
 from handler.engines import ENGINES, Setup
@@ -30,6 +30,8 @@ from serving.driver import Drive
 from tests.handler.payloads import huge_png
 
 JSON, RAW = "application/json", "application/octet-stream"
+BOUNDARY = "between the parts"
+FORM = f'multipart/form-data; boundary="{BOUNDARY}"'
 NEAR = 1e-4  # of probabilities: so far may one batch size be from another
 POPULAR = 1000  # bodies that come again and again
 BAD_SHARE = 0.02
@@ -47,6 +49,11 @@ def _instances(instance: Any) -> bytes:
     return json.dumps({"instances": [instance]}).encode()
 
 
+def _form(name: str, kind: str, value: bytes) -> bytes:
+    line, head = f"--{BOUNDARY}", f'Content-Disposition: form-data; name="{name}"\r\nContent-Type: {kind}\r\n\r\n'
+    return f"{line}\r\n{head}".encode() + value + f"\r\n{line}--\r\n".encode()
+
+
 FORMS: tuple[Callable[[Pixels], Body], ...] = (
     lambda image: (RAW, image.tobytes()),
     lambda image: ("image/png", payloads.png(image)),
@@ -55,6 +62,7 @@ FORMS: tuple[Callable[[Pixels], Body], ...] = (
     lambda image: (JSON, payloads.features(image)),
     lambda image: (JSON, _instances(image.tolist())),
     lambda image: (JSON, _instances({"b64": base64.b64encode(image.tobytes()).decode()})),
+    lambda image: (FORM, _form("data", "image/png", payloads.png(image))),
 )
 
 
@@ -72,6 +80,7 @@ def bad(image: Pixels) -> list[Body]:
         ("image/png", png[: len(png) // 2]), ("image/jpeg", _jpeg(image)[:-99]), ("image/png", huge_png(4001, 4000)),
         ("text/plain", b"hello, student"),
         (JSON, json.dumps({"features": [numbers] * 257}).encode()), ("image/gif", b"GIF89a" + bytes(20)),
+        (FORM, _form("image", "image/png", png)), (FORM, _form("data", "image/png", png)[:-9]),
     ]  # fmt: skip
 
 
@@ -153,7 +162,13 @@ def _expected(bundle: Path, contract: Contract, good: list[Body]) -> NDArray[np.
     model = ENGINES["onnx"].load(bundle / FILES.onnx, Setup(contract))
     limits, found = LimitSettings(), []
     for start in range(0, len(good), 64):
-        kinds = [(codecs.kind_of(body, kind or "", contract), body) for kind, body in good[start : start + 64]]
+        bodies = [_within(*body) for body in good[start : start + 64]]
+        kinds = [(codecs.kind_of(body, kind or "", contract), body) for kind, body in bodies]
         items = [codecs.decode(kind, body, contract, limits) for kind, body in kinds]
         found.append(probabilities(np.asarray(model(codecs.stacked(items, contract)))))
     return np.concatenate(found)
+
+
+def _within(kind: str | None, body: bytes) -> Body:
+    """What a form holds; any other body is as it is."""
+    return forms.parts(body, BOUNDARY)[0][1:] if kind == FORM else (kind, body)
