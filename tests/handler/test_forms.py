@@ -36,6 +36,20 @@ def test_what_requests_and_curl_send_is_read() -> None:
     assert forms.parts(curl, "x") == [("data", "image/png", b"1")]
     odd = b"before\r\n--x \t\r\ncontent-type:a/b\r\nCONTENT-DISPOSITION:form-data;name=n\r\n\r\n\r\n--x--after"
     assert forms.parts(odd, "x") == [("n", "a/b", b"")]
+    assert forms.parts(odd.replace(b"=n", b"=\xff"), "x")[0][0] == "\ufffd"
+
+
+@pytest.mark.parametrize(
+    ("kind", "boundary"),
+    [
+        ("multipart/form-data; boundary=a-b", "a-b"),
+        ('Multipart/Form-Data; charset=utf-8;BOUNDARY="a b"', "a b"),
+        ("multipart/form-data", ""),
+    ],
+)
+def test_the_boundary_is_that_of_the_header(kind: str, boundary: str) -> None:
+    assert wishes({"content-type": kind}, "multipart/form-data").boundary == boundary
+    assert wishes({"content-type": kind}, "image/png").boundary is None
 
 
 @pytest.mark.parametrize(
@@ -43,6 +57,7 @@ def test_what_requests_and_curl_send_is_read() -> None:
     [
         (b"", "x"),
         (HEAD + b"\r\n1\r\n--x--", ""),
+        (HEAD.replace(b"x", b"") + b"\r\n1\r\n----", ""),
         (HEAD + b"\r\n1\r\n--x--", "y"),
         (HEAD + b"\r\n1", "x"),
         (HEAD + b"\r\n1\r\n--x", "x"),
