@@ -11,12 +11,14 @@ import os
 import shlex
 import struct
 import zipfile
-from importlib.util import find_spec
+from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
+
+from handler.options import FORM
 
 log = logging.getLogger(__name__)
 NAMES = "io/netty/handler/codec/http/HttpHeaderValues.class"
-FORMS = ("multipart/form-data", "application/x-www-form-urlencoded")
+FORMS = (FORM, "application/x-www-form-urlencoded")
 NEVER = "\v"  # Netty refuses a header with it
 JAVA = """#!/bin/sh
 # TorchServe has Java look for classes in the working folder first: in that of the repaired one instead.
@@ -48,12 +50,12 @@ def repaired(java_home: Path, folder: Path) -> Path:
 
 
 def _class() -> bytes:
-    """The class as this TorchServe has it; empty where there is none."""
-    spec = find_spec("ts")
-    for package in (spec and spec.submodule_search_locations) or ():
-        with zipfile.ZipFile(Path(package) / "frontend" / "model-server.jar") as jar:
-            return jar.read(NAMES) if NAMES in jar.namelist() else b""
-    return b""
+    """The class as this TorchServe has it; empty where there is none: what is amiss then, its start will say."""
+    try:
+        with zipfile.ZipFile(str(distribution("torchserve").locate_file("ts/frontend/model-server.jar"))) as jar:
+            return jar.read(NAMES)
+    except (PackageNotFoundError, OSError, zipfile.BadZipFile, KeyError):
+        return b""
 
 
 def _entry(text: str) -> bytes:

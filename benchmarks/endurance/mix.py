@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
+from urllib3.filepost import encode_multipart_formdata
 
 from benchmarks.endurance.site import PATH
 from benchmarks.serving import payloads
@@ -49,9 +50,8 @@ def _instances(instance: Any) -> bytes:
     return json.dumps({"instances": [instance]}).encode()
 
 
-def _form(name: str, kind: str, value: bytes) -> bytes:
-    line, head = f"--{BOUNDARY}", f'Content-Disposition: form-data; name="{name}"\r\nContent-Type: {kind}\r\n\r\n'
-    return f"{line}\r\n{head}".encode() + value + f"\r\n{line}--\r\n".encode()
+def _form(name: str, png: bytes) -> bytes:
+    return encode_multipart_formdata({name: ("image.png", png, "image/png")}, BOUNDARY)[0]
 
 
 FORMS: tuple[Callable[[Pixels], Body], ...] = (
@@ -62,7 +62,7 @@ FORMS: tuple[Callable[[Pixels], Body], ...] = (
     lambda image: (JSON, payloads.features(image)),
     lambda image: (JSON, _instances(image.tolist())),
     lambda image: (JSON, _instances({"b64": base64.b64encode(image.tobytes()).decode()})),
-    lambda image: (FORM, _form("data", "image/png", payloads.png(image))),
+    lambda image: (FORM, _form("data", payloads.png(image))),
 )
 
 
@@ -80,7 +80,7 @@ def bad(image: Pixels) -> list[Body]:
         ("image/png", png[: len(png) // 2]), ("image/jpeg", _jpeg(image)[:-99]), ("image/png", huge_png(4001, 4000)),
         ("text/plain", b"hello, student"),
         (JSON, json.dumps({"features": [numbers] * 257}).encode()), ("image/gif", b"GIF89a" + bytes(20)),
-        (FORM, _form("image", "image/png", png)), (FORM, _form("data", "image/png", png)[:-9]),
+        (FORM, _form("image", png)), (FORM, _form("data", png)[:-9]),
     ]  # fmt: skip
 
 

@@ -36,6 +36,10 @@ class Point:
     clients: int = 0
     rate: float = 0.0
 
+    def asked_of(self, contestant: Contestant) -> bool:
+        """Whether the contestant takes such bodies."""
+        return self.form in contestant.wires
+
 
 @dataclass(frozen=True)
 class Bench:
@@ -50,7 +54,7 @@ class Bench:
     @contextmanager
     def ready(self, contestant: Contestant, points: Sequence[Point], number: int) -> Iterator[int]:
         """The contestant, verified and warm for the points that it can be asked; DistilleryError when it cannot be."""
-        asked = [point for point in points if point.form in contestant.wires]
+        asked = [point for point in points if point.asked_of(contestant)]
         with self.serving(contestant) as port:
             for form in dict.fromkeys(point.form for point in asked):
                 self._verify(port, contestant, form, number)

@@ -50,7 +50,7 @@ def by_turns(
             contestant, asked = CONTESTANTS[name], [*points, *opened.get(name, [])]
             try:
                 with bench.ready(contestant, asked, number) as port:
-                    found = [bench.measure(port, contestant, p, number) for p in asked if p.form in contestant.wires]
+                    found = [bench.measure(port, contestant, p, number) for p in asked if p.asked_of(contestant)]
             except (DistilleryError, OSError) as error:
                 outcome.leave_out(name, f"round {number + 1}: {error}")
                 continue
@@ -77,7 +77,7 @@ def together(bench: Bench, names: Sequence[str], points: Sequence[Point], rounds
         for number in range(rounds):
             for point in points:
                 for name in map(str, random.permutation(names)):
-                    if name in outcome.left_out or point.form not in CONTESTANTS[name].wires:
+                    if name in outcome.left_out or not point.asked_of(CONTESTANTS[name]):
                         continue
                     try:
                         outcome.add(name, number, bench.measure(ports[name], CONTESTANTS[name], point, number))
